@@ -1,0 +1,149 @@
+"""Orbax checkpoints: written asynchronously, complete or absent, restored whole or not at all."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from gptjax.errors import UserError
+
+CHECKSUMS = "sha256.json"  # in a checkpoint: its files and their SHA-256, since Orbax notices not every damage
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its inner workings there
+
+
+class Checkpoints:
+    """The newest checkpoint in a folder; a newer one takes its place once it is complete on disk.
+
+    A checkpoint has one item for each tree that `save` was given (params, opt_state) and a dictionary, `meta`.
+    """
+
+    def __init__(self, folder: Path, read_only: bool = False) -> None:
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1,
+            read_only=read_only,
+            create=not read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
+        handlers: Any = {"params": ocp.StandardCheckpointHandler(), "opt_state": ocp.StandardCheckpointHandler()}
+        handlers["meta"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+
+    @property
+    def step(self) -> int | None:
+        """The step of the newest complete checkpoint, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, meta: dict[str, Any], **trees: Any) -> None:
+        """Copy the trees off the devices, then write them in the background.
+
+        Raises:
+            UserError: this or an earlier write failed; the checkpoint before it is still there.
+        """
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), force=True)
+        except Exception as error:
+            raise self._write_error(error) from error
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoint if it is of a later step: a run that resumes before it will make it again."""
+        if self.step is not None and self.step > step:
+            self._manager.delete(self.step)
+
+    def wait(self) -> None:
+        """Return when all is written.
+
+        Raises:
+            UserError: as `save`.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._write_error(error) from error
+
+    def restore(self, **abstract: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The trees asked for, as arrays of the shapes, dtypes and shardings given, and `meta`.
+
+        Raises:
+            UserError: there is no checkpoint, it is damaged, or a parameter is missing, extra or of another shape.
+        """
+        step = self.step
+        if step is None:
+            raise UserError(f"{self.folder} holds no checkpoint; the run has not saved one yet")
+        try:
+            self._verify_checksums(step)
+            found = self._manager.item_metadata(step)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        for name, tree in abstract.items():
+            if found[name] is None:
+                raise self._damaged(step, f"it has no {name}")
+            self._compare(step, found[name].tree, tree)
+        try:
+            items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+            restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
+            return {name: jax.block_until_ready(restored[name]) for name in abstract}, restored["meta"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _write_checksums(self) -> None:
+        """In the writing thread, just before a checkpoint is renamed to its final name and so is complete."""
+        if jax.process_index() == 0:
+            for folder in self.folder.iterdir():
+                if not (folder / CHECKSUMS).exists():
+                    (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=1))
+
+    def _verify_checksums(self, step: int) -> None:
+        folder = self.folder / str(step)
+        found, wanted = _checksums(folder), json.loads((folder / CHECKSUMS).read_text())
+        bad = sorted(name for name in wanted if found.get(name) != wanted[name])
+        if bad:
+            raise ValueError(f"{bad[0]} is " + ("not what was written" if bad[0] in found else "missing"))
+
+    def _compare(self, step: int, found: Any, wanted: Any) -> None:
+        where = f"{self.folder / str(step)} does not fit this model"
+        found_shapes, shapes = _shapes(found), _shapes(wanted)
+        for name in sorted(found_shapes.keys() | shapes.keys(), key=lambda name: (name not in shapes, name)):
+            if name not in found_shapes:
+                raise UserError(f"{where}: it lacks {name} {shapes[name]}")
+            if name not in shapes:
+                raise UserError(f"{where}: it has {name} {found_shapes[name]}, which the model lacks")
+            if shapes[name] != found_shapes[name]:
+                raise UserError(f"{where}: {name} is {found_shapes[name]} there and {shapes[name]} in the model")
+
+    def _damaged(self, step: int, error: Exception | str) -> UserError:
+        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        return UserError(
+            f"the checkpoint {self.folder / str(step)} is damaged and was not loaded ({reason}); "
+            f"delete that folder to fall back on another, or restore it from a copy"
+        )
+
+    def _write_error(self, error: Exception) -> UserError:
+        left = f"step {self.step} is the last one that is whole" if self.step is not None else "there is none before it"
+        full = "No space left" in str(error) or "ENOSPC" in str(error) or getattr(error, "errno", None) == 28
+        reason = "the disk is full" if full else str(error).split("\n")[0][:200]
+        return UserError(f"cannot write a checkpoint in {self.folder}: {reason}; {left}. Free space and --resume")
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.glob("*/**/*") if path.is_file())  # of the items, final by then
+    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

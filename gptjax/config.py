@@ -1,0 +1,329 @@
+"""What a run is: frozen dataclasses, checked where they are built, and the command line made from them."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+import runpy
+import traceback
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from gptjax.errors import UserError
+
+
+def option(default: Any, help: str) -> Any:
+    """A config field with its default and the sentence that `--help` prints."""
+    return field(default=default, metadata={"help": help})
+
+
+class Section:
+    """Checks every field's type where a section is built: by a file, by the command line or from JSON alike."""
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            self.require(_is_a(getattr(self, name), hint), name, f"is not {_describe(hint)}")
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise `UserError` where the values do not fit together."""
+
+    def require(self, condition: bool, name: str, complaint: str) -> None:
+        """Raise `UserError` that names the field as the command line does: `model.n_embd=100 ...`."""
+        if not condition:
+            section = type(self).__name__.removesuffix("Config").lower()
+            prefix = f"{section}." if section in SECTIONS else ""
+            raise UserError(f"{prefix}{name}={getattr(self, name)!r} {complaint}")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    source: str = option(
+        "shakespeare",
+        "'shakespeare' (the complete plays, bundled), a UTF-8 text file, a folder of them, a URL, "
+        "or a folder of token files (nanoGPT's train.bin and val.bin, or llm.c's shards)",
+    )
+    tokenizer: str = option("char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json")
+    vocab_size: int = option(4096, "tokens that a 'bpe' tokenizer learns")
+    val_fraction: float = option(0.1, "the part of the text, at its end, that validates")
+    order: Literal["random", "epoch"] = option(
+        "random", "'random' windows, or 'epoch': every window once per epoch, shuffled"
+    )
+    sha256: str | None = option(None, "checksum that a download must have")
+    dir: str = option("data", "folder for prepared token files and downloads")
+
+    def validate(self) -> None:
+        self.require(self.vocab_size >= 257, "vocab_size", "is less than 257: 256 bytes and the end-of-text token")
+        self.require(0 < self.val_fraction < 1, "val_fraction", "is not between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    vocab_size: int = option(0, "distinct tokens; 0: as many as the tokenizer has")
+    block_size: int = option(256, "context length in tokens")
+    n_layer: int = option(6, "transformer blocks")
+    n_head: int = option(6, "attention heads; n_embd is split evenly over them")
+    n_embd: int = option(384, "width of the residual stream")
+    bias: bool = option(False, "biases in linear layers and LayerNorms, as GPT-2 has them")
+    dropout: float = option(0.0, "dropout on the embedding, the attention weights and both residual branches")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of activations; auto: bfloat16 on TPU and GPU, float32 on CPU"
+    )
+
+    def validate(self) -> None:
+        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+            self.require(getattr(self, name) > 0, name, "is not positive")
+        self.require(self.vocab_size >= 0, "vocab_size", "is negative")
+        fit = self.n_embd // self.n_head * self.n_head or self.n_head
+        self.require(
+            self.n_embd % self.n_head == 0,
+            "n_embd",
+            f"is not divisible by model.n_head={self.n_head}; {fit} or {fit + self.n_head} would be",
+        )
+        self.require(0 <= self.dropout < 1, "dropout", "is not in [0, 1)")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: from 1,024 tokens on a multiple of 128, for the hardware's tiles and for sharding."""
+        return self.vocab_size if self.vocab_size < 1024 else -(-self.vocab_size // 128) * 128
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section):
+    learning_rate: float = option(1e-3, "at the end of the warm-up")
+    min_learning_rate: float = option(1e-4, "at the end of the cosine decay and after it")
+    warmup_steps: int = option(100, "steps of linear warm-up")
+    decay_steps: int | None = option(None, "step at which the cosine decay ends; none: train.max_steps")
+    beta1: float = option(0.9, "AdamW's decay of the mean of gradients")
+    beta2: float = option(0.99, "AdamW's decay of the mean of squared gradients")
+    weight_decay: float = option(0.1, "AdamW's decay of matrices; biases and LayerNorms have none")
+    grad_clip: float = option(1.0, "largest global norm of the gradient; 0: no clipping")
+
+    def validate(self) -> None:
+        self.require(self.learning_rate > 0, "learning_rate", "is not positive")
+        limit = f"is not in [0, optimizer.learning_rate={self.learning_rate}]"
+        self.require(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate", limit)
+        for name in ("warmup_steps", "weight_decay", "grad_clip"):
+            self.require(getattr(self, name) >= 0, name, "is negative")
+        for name in ("beta1", "beta2"):
+            self.require(0 <= getattr(self, name) < 1, name, "is not in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    max_steps: int = option(2000, "optimizer steps")
+    batch_size: int = option(12, "windows of block_size tokens in one optimizer step, over all devices and micro-steps")
+    accumulate: int = option(1, "micro-steps that one step's batch is split into, to save memory")
+    eval_interval: int = option(250, "steps between evaluations")
+    eval_batches: int = option(0, "validation batches in an evaluation; 0: the whole split, each token once")
+    save_interval: int = option(250, "steps between checkpoints; the last step is always saved")
+    log_interval: int = option(10, "steps between rows of metrics.csv")
+    patience: int = option(0, "stop after so many evaluations without a better validation loss; 0: never")
+    seed: int = option(1337, "of initialization, batches and dropout")
+
+    def validate(self) -> None:
+        for name in ("max_steps", "batch_size", "accumulate", "eval_interval", "save_interval", "log_interval"):
+            self.require(getattr(self, name) > 0, name, "is not positive")
+        for name in ("eval_batches", "patience"):
+            self.require(getattr(self, name) >= 0, name, "is negative")
+        self.require(0 <= self.seed < 2**32, "seed", "is not in [0, 2**32)")
+        divides = f"does not divide into train.accumulate={self.accumulate} equal micro-steps"
+        self.require(self.batch_size % self.accumulate == 0, "batch_size", divides)
+
+
+@dataclass(frozen=True)
+class MeshConfig(Section):
+    data: int = option(-1, "devices over which a batch is split; -1: the rest")
+    fsdp: int = option(1, "devices over which a batch, parameters and optimizer state are split")
+    tensor: int = option(1, "devices over which heads, MLP and vocabulary are split")
+
+    def validate(self) -> None:
+        for name in ("data", "fsdp", "tensor"):
+            self.require(getattr(self, name) >= 1 or getattr(self, name) == -1, name, "is neither positive nor -1")
+        rest = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
+        self.require(len(rest) <= 1, rest[-1] if rest else "data", "is the second -1: only one axis can be the rest")
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """One training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_json(path: Path) -> "Config":
+        """The config that `to_json` wrote to `path`.
+
+        Raises:
+            UserError: there is none, or it is not one.
+        """
+        try:
+            sections = json.loads(path.read_text())
+            return Config(**{name: SECTIONS[name](**values) for name, values in sections.items()})
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; a run directory holds a config.json") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is not a config of this version of gptjax: {error}") from error
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "mesh": MeshConfig,
+}
+
+
+def load_config_file(path: Path) -> Config:
+    """Run a Python config file and return the `config` that it builds.
+
+    Raises:
+        UserError: there is no such file, it fails, or it builds no `Config` named `config`.
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
+        raise UserError(f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        trace = error.__traceback__
+        lines = [f.lineno for f in traceback.extract_tb(trace) if f.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise UserError(f"{where}: {_explain(error)}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{path} builds no `config = Config(...)`")
+    return config
+
+
+def _explain(error: Exception) -> str:
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not unknown:
+        return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    sections = {cls.__name__: cls for cls in [Config, *SECTIONS.values()]}
+    fields = [f.name for f in dataclasses.fields(sections[unknown[1]])] if unknown[1] in sections else []
+    return f"{unknown[1]} has no field {unknown[2]!r}" + _did_you_mean(unknown[2], fields)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are `UserError`s, with typed options made from dataclass fields."""
+
+    def __init__(self, prog: str, description: str | None, add_help: bool = True) -> None:
+        super().__init__(
+            prog, description=description, add_help=add_help, allow_abbrev=False, formatter_class=_HelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def add_fields(self, defaults: Any, prefix: str = "") -> None:
+        """Add `--prefix.field` for every field of a dataclass, nested sections as groups of their own."""
+        group = self.add_argument_group(prefix or "options")
+        hints = typing.get_type_hints(type(defaults))
+        for spec in dataclasses.fields(defaults):
+            default, hint = getattr(defaults, spec.name), hints[spec.name]
+            name = f"{prefix}.{spec.name}" if prefix else spec.name
+            if dataclasses.is_dataclass(default):
+                self.add_fields(default, name)
+                continue
+            text = f"{spec.metadata['help']} (default: {'none' if default is None else default})".replace("%", "%%")
+            metavar = _describe(hint).removeprefix("a ").removeprefix("an ")
+            flag: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
+            group.add_argument(
+                f"--{name}", dest=name, metavar=metavar, type=_reader(hint), default=default, help=text, **flag
+            )
+
+    def parse(self, argv: Sequence[str], *defaults: Any, strict: bool = True) -> Any:
+        """Each of the `defaults` (after `add_fields` for each) with the fields that `argv` names replaced.
+
+        Raises:
+            UserError: an unknown option (with the nearest known one) if strict, a wrong type, values that do not fit.
+        """
+        values, unknown = self.parse_known_args([_normalize(argument) for argument in argv])
+        if unknown and strict:
+            known = [text for action in self._actions for text in action.option_strings]
+            raise UserError(f"unknown argument {unknown[0]}" + _did_you_mean(unknown[0].split("=")[0], known))
+        return [_build(default, vars(values), "") for default in defaults]
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        super().add_usage("%(prog)s [options]", actions, groups, prefix)
+
+
+def _normalize(argument: str) -> str:
+    """`--train.max-steps=3` as `--train.max_steps=3`."""
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    near = near or [k for k in known if k.split(".")[-1] == name.removeprefix("--").split(".")[-1]]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _build(defaults: Any, values: dict[str, Any], prefix: str) -> Any:
+    changes = {
+        spec.name: _build(default, values, f"{prefix}{spec.name}.")
+        if dataclasses.is_dataclass(default := getattr(defaults, spec.name))
+        else values[prefix + spec.name]
+        for spec in dataclasses.fields(defaults)
+    }
+    return dataclasses.replace(defaults, **changes)
+
+
+def _reader(hint: Any) -> Any:
+    """The function that reads a value of type `hint` from the command line."""
+
+    def read(text: str) -> Any:
+        options = typing.get_args(hint)
+        if typing.get_origin(hint) is Literal and text in options:
+            return text
+        if type(None) in options and text.lower() == "none":
+            return None
+        plain = next((t for t in options if t is not type(None)), hint) if options else hint
+        try:
+            if plain is bool:
+                return {"true": True, "false": False}[text.lower()]
+            if plain in (int, float, str):
+                return plain(text)
+        except (ValueError, KeyError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {_describe(hint)}")
+
+    return read
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_is_a(value, option) for option in typing.get_args(hint))
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "none"}
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(typing.get_args(hint))
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    return names.get(hint, hint.__name__)

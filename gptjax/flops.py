@@ -1,0 +1,125 @@
+"""How much arithmetic a training step is, and how much the hardware could do at best."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one JAX device can do at best, as its vendor states it."""
+
+    flops: float  # FLOP/s of dense bfloat16 matrix products that accumulate in float32
+    bandwidth: float  # bytes/s of device memory
+    memory: int  # bytes of device memory, a little more than a program can have
+
+
+# Names as `device.device_kind` gives them; teraFLOP/s, GB/s and GiB per JAX device. "a / 2" is half a chip: on
+# TPU v2, v3 and 7x a JAX device is one of the chip's two cores, on v4 and v5p both cores are one device. A vendor's
+# figure "with sparsity" is twice the dense one that stands here. What vendors call a GB of memory is a GiB.
+_TABLE: tuple[tuple[str, float, float, float], ...] = (
+    # Google. v2, v3: "A Domain-Specific Supercomputer for Training Deep Neural Networks" (CACM, July 2020).
+    ("TPU v2", 46 / 2, 700 / 2, 16 / 2),
+    ("TPU v3", 123 / 2, 900 / 2, 32 / 2),
+    # cloud.google.com/tpu/docs/v4, /v5e, /v6e and, for v5p and 7x, /tpu7x: the tables under "System architecture".
+    ("TPU v4", 275, 1200, 32),
+    ("TPU v5 lite|TPU v5e", 197, 819, 16),
+    ("TPU v5|TPU v5p", 459, 2765, 95),
+    ("TPU v6 lite|TPU v6e", 918, 1638, 32),
+    ("TPU7|TPU7x|TPU v7x", 2307 / 2, 7380 / 2, 192 / 2),
+    # NVIDIA V100 and T4 datasheets. These two have no bfloat16: this is their float16 tensor peak.
+    ("V100-SXM2-16GB", 125, 900, 16),
+    ("V100-SXM2-32GB", 125, 900, 32),
+    ("V100-PCIE-16GB", 112, 900, 16),
+    ("V100-PCIE-32GB", 112, 900, 32),
+    ("V100S-PCIE-32GB", 130, 1134, 32),
+    ("T4", 65, 320, 16),
+    # NVIDIA A100 datasheet (40 GB and 80 GB editions); A10 datasheet; "NVIDIA A10G for AWS" datasheet.
+    ("A100-SXM4-40GB|A100-SXM-40GB|A100-PCIE-40GB", 312, 1555, 40),
+    ("A100-SXM4-80GB|A100-SXM-80GB", 312, 2039, 80),
+    ("A100 80GB PCIe|A100-PCIE-80GB", 312, 1935, 80),
+    ("A10", 125, 600, 24),
+    ("A10G", 70, 600, 24),
+    # NVIDIA L4 and L40S datasheets.
+    ("L4", 121, 300, 24),
+    ("L40S", 362, 864, 48),
+    # GA102 and Ada architecture whitepapers, appendix A, "FP32 accumulate": half of the float16-accumulate figure.
+    ("RTX 3090", 71, 936, 24),
+    ("RTX 4090", 165.2, 1008, 24),
+    # NVIDIA H100, H200 and GH200 datasheets; SXM where the name says nothing. The GH200's 480 GB are the CPU's.
+    ("H100 80GB HBM3|H100", 989.5, 3350, 80),
+    ("H100 PCIe", 756.5, 2000, 80),
+    ("H100 NVL", 835.5, 3900, 94),
+    ("H200", 989.5, 4800, 141),
+    ("H200 NVL", 835.5, 4800, 141),
+    ("GH200 480GB", 990, 4000, 96),
+    ("GH200 144G HBM3e", 990, 4900, 144),
+    # NVIDIA HGX B200 (FLOP/s) and DGX B200 (memory), an eighth of the machine; GB200 NVL72, half of a superchip.
+    ("B200", 36e3 / 2 / 8, 64e3 / 8, 1440 / 8),
+    ("GB200", 10e3 / 2 / 2, 16e3 / 2, 372 / 2),
+)
+
+PEAKS = {
+    name: Peak(flops=tflops * 1e12, bandwidth=gigabytes * 1e9, memory=round(gibibytes * 2**30))
+    for names, tflops, gigabytes, gibibytes in _TABLE
+    for name in names.split("|")
+}
+
+_BY_FOLDED_NAME = {name.casefold(): peak for name, peak in PEAKS.items()}
+
+
+def device_peak(device_kind: str) -> Peak | None:
+    """The table's row for a JAX `device.device_kind`, None where there is none.
+
+    The whole name has to match, up to case and the words NVIDIA, Tesla and GeForce: an RTX 3090 Ti is no RTX 3090
+    and a MIG slice of an H200 no H200, and no figure is better than a wrong one.
+    """
+    words = device_kind.casefold().split()
+    return _BY_FOLDED_NAME.get(" ".join(word for word in words if word not in ("nvidia", "tesla", "geforce")))
+
+
+def measured_matmul_peak(
+    mesh_devices: Sequence[jax.Device], dtype: DTypeLike = jnp.float32, *, size: int = 1024, seconds: float = 0.3
+) -> float:
+    """FLOP/s of the fastest of several [size, size] matrix products that all the devices do at once.
+
+    Stands in for a vendor's peak on CPUs, whose virtual devices share the cores. Takes about `seconds`.
+    """
+    mesh = Mesh(np.asarray(mesh_devices), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    shape = (len(mesh_devices), size, size)
+    ones = jax.jit(lambda: jnp.ones(shape, dtype), out_shardings=sharding)()
+    matmul = jax.jit(lambda x, y: jnp.einsum("bij,bjk->bik", x, y), out_shardings=sharding)
+    matmul(ones, ones).block_until_ready()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        matmul(ones, ones).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 * len(mesh_devices) / min(times)
+
+
+def train_flops_per_token(*, n_matmul_params: int, n_layer: int, n_embd: int, block_size: int) -> int:
+    """FLOPs of one token's forward and backward pass: 6 N + 12 L D T (PaLM, appendix B; nanoGPT's `estimate_mfu`).
+
+    N counts the entries of weight matrices that activations are multiplied by: the output head yes, tied or not;
+    embedding lookups, norms and biases no (nanoGPT takes all but the position embedding, the same within 0.1% for
+    GPT-2). D is the attention's width, query heads times head width. As in both sources, attention is counted as
+    if it were not causal, and recomputation is not counted.
+    """
+    return 6 * n_matmul_params + 12 * n_layer * n_embd * block_size
+
+
+def mfu(tokens_per_second: float, flops_per_token: int, peak_flops: float) -> float:
+    """Model FLOPs utilization: the part of the hardware's peak that the model's own arithmetic is (PaLM, section 4.1).
+
+    `peak_flops` is that of all devices together. From the table it is the bfloat16 tensor peak, for float32 runs too.
+    """
+    return tokens_per_second * flops_per_token / peak_flops

@@ -1,0 +1,261 @@
+"""The training loop: a run from its first step, or from where it stopped, to its report."""
+
+import math
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax import flops, report
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config
+from gptjax.data import batches
+from gptjax.data.prepare import Dataset, load_dataset
+from gptjax.errors import UserError
+from gptjax.generate import Sampling, generate
+from gptjax.metrics import Metrics
+from gptjax.run import load_run, require_resumable, write_atomically
+from gptjax.sharding import batch_sharding, make_mesh
+from gptjax.training import Steps, TrainState, compile_steps
+
+
+@dataclass
+class Progress:
+    """What a run remembers beside its arrays; saved with every checkpoint."""
+
+    data: str  # the fingerprint of its tokens
+    seconds: float = 0.0
+    best_step: int = 0
+    best_val_loss: float = math.inf
+
+
+class Run(NamedTuple):
+    """What stays the same from a run's first step to its last."""
+
+    config: Config
+    folder: Path
+    dataset: Dataset
+    mesh: Mesh
+    steps: Steps
+    latest: Checkpoints
+    best: Checkpoints
+
+
+def train(config: Config, run_dir: Path, resume: bool) -> int:
+    """Train, evaluate, save and report; return the exit code, 0 or 128 + the signal that stopped the run.
+
+    Raises:
+        UserError: the config does not fit the data, the devices or the run that is to be resumed; the loss diverged;
+            a checkpoint cannot be read or written.
+    """
+    dataset = load_dataset(config.data)
+    config = resolve(config, dataset)
+    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate)
+    with ExitStack() as stack:
+        if resume:
+            require_resumable(Config.from_json(run_dir / "config.json"), config)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        latest, best = [
+            stack.enter_context(closing(Checkpoints(run_dir / "checkpoints" / name))) for name in ("latest", "best")
+        ]
+        run = Run(config, run_dir, dataset, mesh, compile_steps(config, mesh), latest, best)
+        stop = stack.enter_context(StopSignal())
+        state, progress = _resume(run) if resume else (run.steps.init(), Progress(dataset.fingerprint()))
+        write_atomically(run_dir / "config.json", config.to_json())
+        dataset.tokenizer.save(run_dir / "tokenizer.json")
+        flops_per_token, peak = _introduce(run, int(state.step))
+        metrics = Metrics(run_dir, config, int(state.step), progress.seconds, flops_per_token, peak)
+        with metrics:
+            step = _loop(run, state, progress, metrics, stop)
+    if stop.signum:
+        print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run_dir}")
+        return 128 + stop.signum
+    _report(run, metrics.mfu)
+    return 0
+
+
+def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, stop: "StopSignal") -> int:
+    """From `state` to the last step, or the one after which the run is told or decides to stop; that step."""
+    options, step = run.config.train, int(state.step)
+    finished = step >= options.max_steps
+    if step == 0:
+        _evaluate(run, state, progress, metrics)
+    with closing(batches.prefetch(_batch_maker(run), range(step, options.max_steps))) as stream:
+        while not (finished or stop.signum):
+            state, step_metrics = run.steps.train(state, next(stream))
+            step += 1
+            metrics.add(step, step_metrics)
+            finished = step == options.max_steps
+            if finished or step % options.eval_interval == 0:
+                finished |= _evaluate(run, state, progress, metrics)
+            if step % options.save_interval == 0:
+                _save(run, state, progress, metrics)
+    metrics.flush(last=True)
+    if run.latest.step != step:
+        _save(run, state, progress, metrics)
+    run.latest.wait()
+    run.best.wait()
+    return step
+
+
+def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> bool:
+    """Validate, keep the parameters if they are the best so far, redraw loss.png; whether patience has run out."""
+    metrics.flush()
+    with metrics.pause("evaluating"):
+        val_loss, step = validation_loss(run, state.params), metrics.step
+    metrics.row(val_loss)
+    with metrics.pause("drawing"):
+        better = val_loss < progress.best_val_loss
+        if better:
+            progress.best_step, progress.best_val_loss = step, val_loss
+            run.best.save(step, asdict(progress), params=state.params)
+        metrics.print(f"step {step:,}: validation loss {val_loss:.4f}" + (", the best so far" if better else ""))
+        report.plot_losses(run.folder / "metrics.csv", run.folder / "loss.png", title=run.folder.name)
+    options = run.config.train
+    return bool(options.patience) and step - progress.best_step >= options.patience * options.eval_interval
+
+
+def _save(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> None:
+    metrics.flush()
+    with metrics.pause("saving"):
+        progress.seconds = metrics.seconds
+        run.latest.save(metrics.step, asdict(progress), params=state.params, opt_state=state.opt_state)
+
+
+def validation_loss(run: Run, params: Any) -> float:
+    """Mean nats per token: over eval_batches batches spread evenly, or over all of the split, each token once."""
+    tokens, options, block_size = run.dataset.val, run.config.train, run.config.model.block_size
+    rows = options.batch_size // options.accumulate
+    starts = batches.sequential_starts(len(tokens), block_size)
+    if 0 < options.eval_batches * rows < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, options.eval_batches * rows).astype(int)]
+    starts = np.append(starts, np.full(-len(starts) % rows, len(tokens)))  # windows past the end: nothing counts
+
+    def put(i: int) -> jax.Array:
+        windows_BT = batches.windows(tokens, starts[i * rows : (i + 1) * rows], block_size, run.config.model.vocab_size)
+        return jax.device_put(windows_BT[None], batch_sharding(run.mesh))
+
+    sums = [run.steps.evaluate(params, windows) for windows in batches.prefetch(put, range(len(starts) // rows))]
+    nats, n_targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
+    return float(nats / n_targets)
+
+
+def _batch_maker(run: Run) -> Callable[[int], jax.Array]:
+    options, tokens, model = run.config.train, run.dataset.train, run.config.model
+    shape = (options.accumulate, options.batch_size // options.accumulate, model.block_size + 1)
+
+    def make(step: int) -> jax.Array:
+        starts = batches.starts(
+            len(tokens),
+            block_size=model.block_size,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            step=step,
+            order=run.config.data.order,
+        )
+        windows = batches.windows(tokens, starts, model.block_size, model.vocab_size)
+        return jax.device_put(windows.reshape(shape), batch_sharding(run.mesh))
+
+    return make
+
+
+def resolve(config: Config, dataset: Dataset) -> Config:
+    """The config with what the data and the hardware decide: the vocabulary's size and the activations' dtype.
+
+    Raises:
+        UserError: the vocabulary is too small for the tokenizer, or the text too short for a block.
+    """
+    dataset.require(config.model.block_size)
+    n_tokens, vocab_size = dataset.tokenizer.vocab_size, config.model.vocab_size
+    if 0 < vocab_size < n_tokens:
+        raise UserError(f"model.vocab_size={vocab_size} is less than the tokenizer's {n_tokens}; leave it out")
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return replace(config, model=replace(config.model, vocab_size=vocab_size or n_tokens, dtype=dtype))
+
+
+def _resume(run: Run) -> tuple[TrainState, Progress]:
+    wanted = run.steps.state
+    trees, meta = run.latest.restore(params=wanted.params, opt_state=wanted.opt_state)
+    progress, step = Progress(**meta), run.latest.step or 0
+    if progress.data != run.dataset.fingerprint():
+        raise UserError(
+            f"cannot resume: the tokens of data.source={run.config.data.source} are not those that {run.folder} was "
+            f"trained on; restore that text, or start a new run without --resume"
+        )
+    run.best.drop_after(step)
+    return TrainState(jax.device_put(np.int32(step), wanted.step.sharding), **trees), progress
+
+
+def _introduce(run: Run, step: int) -> tuple[float, float]:
+    """Print what is about to run; FLOPs per token, and the devices' peak FLOP/s (nan where it is not known)."""
+    model, devices, params = run.config.model, run.mesh.devices.flatten().tolist(), run.steps.state.params
+    n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    n_matmul = params["token_embedding"].size + sum(
+        leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"]) if path[-1].key == "kernel"
+    )
+    flops_per_token = flops.train_flops_per_token(
+        n_matmul_params=n_matmul, n_layer=model.n_layer, n_embd=model.n_embd, block_size=model.block_size
+    )
+    known = flops.device_peak(devices[0].device_kind)
+    peak = known.flops * len(devices) if known else math.nan
+    if devices[0].platform == "cpu":
+        peak = flops.measured_matmul_peak(devices, model.dtype)
+    per_step = flops_per_token * run.config.train.batch_size * model.block_size
+    print(f"run:     {run.folder}" + (f", resumed at step {step:,}" if step else ""))
+    print(f"model:   {n_params:,} parameters, {per_step / 1e12:.3g} TFLOP a step, activations in {model.dtype}")
+    print(
+        f"data:    {run.dataset.folder}: {len(run.dataset.train):,} tokens to train on, {len(run.dataset.val):,} to "
+        f"validate on, vocabulary {run.dataset.tokenizer.vocab_size:,}"
+    )
+    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1) or "one device"
+    peak_text = "" if math.isnan(peak) else f", peak {peak / 1e12:.3g} TFLOP/s"
+    print(f"devices: {len(devices)} x {devices[0].device_kind} ({mesh}){peak_text}", flush=True)
+    return flops_per_token, peak
+
+
+def _report(run: Run, mfu: float) -> None:
+    """Print report.md and write it: figures, and a sample of the best parameters' text."""
+    config, params, tokenizer = load_run(run.folder, "best")
+    prompt = tokenizer.encode("\n")[None]
+    tokens = np.hstack(list(generate(config.model, params, prompt, 400, Sampling(temperature=0.8), seed=0)))[0]
+    some = run.dataset.val.window(0, 100_000)
+    text = report.run_report(
+        report.read_metrics(run.folder / "metrics.csv"),
+        title=run.folder.name,
+        units_per_token=len(tokenizer.decode(some)) / len(some),
+        unit="character",
+        mfu=None if math.isnan(mfu) else mfu,
+        peak_memory=report.peak_memory_bytes(run.mesh.devices.flatten().tolist()),
+        sample=tokenizer.decode(tokens).strip("\n"),
+    )
+    write_atomically(run.folder / "report.md", text)
+    print(f"\n{text}\ncurves: {run.folder / 'loss.png'}\nsample: python sample.py --run {run.folder} --prompt 'ROMEO:'")
+
+
+class StopSignal:
+    """While it is entered, the first SIGINT or SIGTERM only sets `signum`; the second one does what it always does."""
+
+    signum = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()

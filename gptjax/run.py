@@ -1,0 +1,116 @@
+"""The run directory: a run's config, tokenizer, checkpoints and metrics in one folder that needs nothing else."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config
+from gptjax.errors import UserError
+from gptjax.tokenizer import Tokenizer
+from gptjax.training import init_state
+
+# Fields that may change when a run is resumed: none of them changes what a step computes. The source of the data
+# may move; the fingerprint in the checkpoint tells whether the tokens are still the same.
+FREE_ON_RESUME = {
+    "train.max_steps",
+    "optimizer.decay_steps",  # these two by `decay_end` below
+    "train.eval_interval",
+    "train.eval_batches",
+    "train.save_interval",
+    "train.log_interval",
+    "train.patience",
+    "data.source",
+    "data.sha256",
+    "data.dir",
+    "mesh.data",  # another mesh adds the same numbers in another order
+    "mesh.fsdp",
+    "mesh.tensor",
+}
+
+
+def new_run_dir(name: str, out_dir: str | None) -> Path:
+    """A folder for a new run: `out_dir`, else the first of out/NAME, out/NAME-2, out/NAME-3, ... that holds none.
+
+    Raises:
+        UserError: `out_dir` already holds a run.
+    """
+    if out_dir is not None:
+        if holds_run(Path(out_dir)):
+            raise UserError(f"{out_dir} already holds a run; continue it with --resume or choose another --out_dir")
+        return Path(out_dir)
+    path, number = Path("out") / name, 1
+    while holds_run(path):
+        number += 1
+        path = Path("out") / f"{name}-{number}"
+    return path
+
+
+def holds_run(path: Path) -> bool:
+    """Whether there is a run with a checkpoint in `path`."""
+    return (path / "config.json").exists() and any((path / "checkpoints").glob("*/[0-9]*[0-9]"))
+
+
+def newest_run(pattern: str = "*") -> Path:
+    """The run in out/ whose checkpoints changed last, of those whose name fits the pattern.
+
+    Raises:
+        UserError: there is none.
+    """
+    runs = [path for path in Path("out").glob(pattern) if holds_run(path)]
+    if not runs:
+        raise UserError(f"no run in {Path('out') / pattern}; train one with train.py or name its folder")
+    return max(runs, key=lambda path: max(p.stat().st_mtime for p in (path / "checkpoints").iterdir()))
+
+
+def load_run(path: Path, which: Literal["best", "latest"]) -> tuple[Config, Any, Tokenizer]:
+    """Config, parameters (on the default device) and tokenizer of a run.
+
+    Raises:
+        UserError: `path` holds no such run, or its checkpoint is damaged.
+    """
+    config = Config.from_json(path / "config.json")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        jax.eval_shape(lambda: init_state(config)).params,
+    )
+    trees, _ = Checkpoints(path / "checkpoints" / which, read_only=True).restore(params=abstract)
+    return config, trees["params"], Tokenizer.load(path / "tokenizer.json")
+
+
+def require_resumable(saved: Config, config: Config) -> None:
+    """Raise `UserError`, naming the field, where `config` would not continue exactly what `saved` began."""
+    old, new = _flat(saved), _flat(config)
+    for name in old:
+        if name not in FREE_ON_RESUME and old[name] != new[name]:
+            raise UserError(
+                f"cannot resume with {name}={new[name]}: the run has {old[name]}; "
+                f"pass --{name} {old[name]} or start a new run (without --resume, with another --out_dir)"
+            )
+    if decay_end(saved) != decay_end(config):
+        raise UserError(
+            f"cannot resume with train.max_steps={config.train.max_steps}: it would move the end of the learning-rate "
+            f"decay from step {decay_end(saved)} to {decay_end(config)}; to train on at the floor pass "
+            f"--optimizer.decay_steps {decay_end(saved)}"
+        )
+
+
+def decay_end(config: Config) -> int:
+    """The step at which the learning rate reaches its floor."""
+    return config.optimizer.decay_steps or config.train.max_steps
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file at once: a reader, or a crash, finds the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    sections = dataclasses.asdict(config)
+    return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}

@@ -1,0 +1,71 @@
+"""The device mesh, and the one table that says how each parameter is split over it."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.config import MeshConfig
+from gptjax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+# The end of a parameter's path -> how its axes are split. The leading axis of `layers` is the layer, never split.
+# The optimizer's moments have their parameter's path at the end of theirs, so the table splits them alike.
+TABLE = {
+    r"token_embedding$": P("tensor", "fsdp"),
+    r"position_embedding$": P(None, "fsdp"),
+    r"attention/(query|key|value)/kernel$": P(None, "fsdp", "tensor", None),
+    r"attention/(query|key|value)/bias$": P(None, "tensor", None),
+    r"attention/out/kernel$": P(None, "tensor", None, "fsdp"),
+    r"mlp/up/kernel$": P(None, "fsdp", "tensor"),
+    r"mlp/up/bias$": P(None, "tensor"),
+    r"mlp/down/kernel$": P(None, "tensor", "fsdp"),
+    r"": P(),
+}
+
+
+def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
+    """A mesh of all devices with axes (data, fsdp, tensor) that splits `batch_size` windows evenly.
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices, or the batch does not split.
+    """
+    n_devices, sizes = jax.device_count(), {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    fixed = 1
+    for size in sizes.values():
+        fixed *= max(size, 1)
+    sizes = {name: n_devices // fixed if size == -1 else size for name, size in sizes.items()}
+    asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    if sizes["data"] * sizes["fsdp"] * sizes["tensor"] != n_devices:
+        raise UserError(f"{asked} is not the number of devices, {n_devices}; give one of them -1 to take the rest")
+    if batch_size % (sizes["data"] * sizes["fsdp"]):
+        raise UserError(
+            f"train.batch_size / train.accumulate = {batch_size} windows do not split over {asked}; "
+            f"choose a multiple of {sizes['data'] * sizes['fsdp']}"
+        )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (jax.sharding.AxisType.Auto,) * 3)
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """For each array of a tree of parameters, or of a train state, its sharding by the table."""
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, next(spec for end, spec in TABLE.items() if re.search(end, name)))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch [accumulate, B, T]: B is split."""
+    return NamedSharding(mesh, P(None, BATCH_AXES))
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keep the leading axis of an activation split over the batch axes of the mesh in use, if there is one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *[None] * (x.ndim - 1)))

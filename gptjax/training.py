@@ -1,0 +1,126 @@
+"""Loss, train_step and eval_step: pure functions, compiled over the mesh."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from gptjax.config import Config
+from gptjax.model import GPT
+from gptjax.optimizer import make_optimizer, make_schedule
+from gptjax.sharding import batch_sharding, shardings
+
+
+class TrainState(NamedTuple):
+    """All that a step changes, arrays only: with config and data it determines everything that follows."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def loss_sum(
+    model: GPT, params: Any, windows_BT: Int[Array, "B T+1"], rngs: dict[str, jax.Array] | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Cross-entropy in nats of each window's tokens after its first, summed, and how many those are.
+
+    A place past the end of the text holds -1 and does not count. Dropout is on where `rngs` has a "dropout".
+    """
+    inputs_BT, targets_BT = jnp.maximum(windows_BT[:, :-1], 0), windows_BT[:, 1:]
+    logits_BTV = model.apply({"params": params}, inputs_BT, rngs=rngs)
+    counts_BT = (targets_BT >= 0).astype(jnp.float32)
+    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, jnp.maximum(targets_BT, 0))
+    return jnp.sum(nats_BT * counts_BT), jnp.sum(counts_BT)
+
+
+def init_state(config: Config) -> TrainState:
+    """Step 0, from train.seed alone; compile it with `out_shardings` and no device ever holds it whole."""
+    tokens_BT = jnp.zeros((1, config.model.block_size), jnp.int32)
+    params = GPT(config.model).init(jax.random.key(config.train.seed), tokens_BT)["params"]
+    optimizer = make_optimizer(config.optimizer, config.train.max_steps)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def train_step(config: Config, state: TrainState, windows_ABT: Int[Array, "A B T+1"]) -> tuple[TrainState, Any]:
+    """One optimizer step on the mean loss over all A x B windows; A micro-steps bound the memory.
+
+    Dropout is keyed by (train.seed, step, micro-step), so the step is a function of state and batch alone.
+    """
+    model, optimizer = GPT(config.model), make_optimizer(config.optimizer, config.train.max_steps)
+    key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    n_targets = windows_ABT.size // windows_ABT.shape[-1] * (windows_ABT.shape[-1] - 1)
+
+    def micro_loss(params: Any, windows_BT: jax.Array, micro: jax.Array) -> jax.Array:
+        rngs = {"dropout": jax.random.fold_in(key, micro)} if config.model.dropout else None
+        return loss_sum(model, params, windows_BT, rngs)[0] / n_targets
+
+    def accumulate(total: Any, micro: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(state.params, *micro)), None
+
+    if len(windows_ABT) == 1:
+        loss, grads = jax.value_and_grad(micro_loss)(state.params, windows_ABT[0], jnp.zeros((), jnp.int32))
+    else:
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        (loss, grads), _ = jax.lax.scan(accumulate, zero, (windows_ABT, jnp.arange(len(windows_ABT))))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {
+        "train_loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": make_schedule(config.optimizer, config.train.max_steps)(state.step),
+    }
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def eval_step(config: Config, params: Any, windows_ABT: Int[Array, "1 B T+1"]) -> Float[Array, "2"]:
+    """A batch's nats, summed, and the number of its targets."""
+    return jnp.stack(loss_sum(GPT(config.model), params, windows_ABT[0]))
+
+
+class Steps(NamedTuple):
+    """The compiled functions of a run on its mesh."""
+
+    init: Callable[[], TrainState]
+    train: Callable[[TrainState, jax.Array], tuple[TrainState, Any]]
+    evaluate: Callable[[Any, jax.Array], jax.Array]
+    state: TrainState  # shapes, dtypes and shardings
+
+
+def compile_steps(config: Config, mesh: Mesh) -> Steps:
+    """jit with shardings: the state is born sharded by the table, donated from step to step."""
+    abstract = jax.eval_shape(lambda: init_state(config))
+    split = shardings(mesh, abstract)
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, split)
+
+    one_at_a_time = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+
+    def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with jax.set_mesh(mesh):
+                result = function(*arguments)
+            # CPU devices share a pool of as many threads: of two programs in flight, each could hold a thread in a
+            # collective that waits for the other's, for ever.
+            return jax.block_until_ready(result) if one_at_a_time else result
+
+        return call
+
+    batch, replicated = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    return Steps(
+        init=on_mesh(jax.jit(partial(init_state, config), out_shardings=split)),
+        train=on_mesh(
+            jax.jit(
+                partial(train_step, config),
+                in_shardings=(split, batch),
+                out_shardings=(split, replicated),
+                donate_argnums=0,
+            )
+        ),
+        evaluate=on_mesh(
+            jax.jit(partial(eval_step, config), in_shardings=(split.params, batch), out_shardings=replicated)
+        ),
+        state=state,
+    )

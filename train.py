@@ -1,0 +1,59 @@
+"""Train a GPT. What a config file sets can be set here too, and wins. Ctrl-C saves and stops; --resume goes on."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from gptjax.config import Config, Parser, Section, load_config_file, option
+from gptjax.errors import UserError, one_line_errors
+from gptjax.loop import train
+from gptjax.run import holds_run, new_run_dir, newest_run
+
+
+@dataclass(frozen=True)
+class Arguments(Section):
+    config: str | None = option(None, "Python file that builds a `config`; none: the defaults below")
+    out_dir: str | None = option(None, "the run's folder; none: out/NAME, where NAME is the config file's")
+    resume: bool = option(False, "continue the run in --out_dir, or else the newest one of this config")
+    cpu_devices: int | None = option(
+        None, "CPU devices that share each batch; none: as many as there are cores and as divide it evenly"
+    )
+
+    def validate(self) -> None:
+        self.require(self.cpu_devices is None or self.cpu_devices > 0, "cpu_devices", "is not positive")
+
+    def run_dir(self) -> Path:
+        name = Path(self.config).stem if self.config else "*" if self.resume else "default"
+        if not self.resume:
+            return new_run_dir(name, self.out_dir)
+        path = Path(self.out_dir) if self.out_dir else newest_run(name)
+        if not holds_run(path):
+            raise UserError(f"{path} holds no run with a checkpoint to resume; leave --resume out to start one there")
+        return path
+
+
+def main(argv: Sequence[str]) -> int:
+    first, parser = Parser("train.py", None, add_help=False), Parser("train.py", __doc__)
+    first.add_fields(Arguments())
+    helping = bool({"-h", "--help"} & set(argv))
+    [arguments] = first.parse(argv, Arguments(), strict=False)
+    run_dir = Path() if helping else arguments.run_dir()
+    config = Config.from_json(run_dir / "config.json") if arguments.resume and not helping else Config()
+    if arguments.config:
+        config = load_config_file(Path(arguments.config))
+    parser.add_fields(arguments)
+    parser.add_fields(config)
+    _, config = parser.parse(argv, arguments, config)
+    rows, n_cores = config.train.batch_size // config.train.accumulate, len(os.sched_getaffinity(0))
+    n_devices = arguments.cpu_devices or max(n for n in range(1, n_cores + 1) if rows % n == 0)
+    jax.config.update("jax_num_cpu_devices", n_devices)
+    return train(config, run_dir, arguments.resume)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        sys.exit(main(sys.argv[1:]))
