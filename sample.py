@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     [arguments] = parser.parse(argv, Arguments())
     config, params, tokenizer = load_run(Path(arguments.run) if arguments.run else newest_run(), arguments.checkpoint)
     prompt = arguments.text() or "\n"
-    prompt_BP = np.repeat(tokenizer.encode(prompt)[None], arguments.num_samples, axis=0)
+    prompt_BP = np.repeat(tokenizer.encode(prompt, special=True)[None], arguments.num_samples, axis=0)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.context)
     chunks = generate(config.model, params, prompt_BP, arguments.max_new_tokens, sampling, arguments.seed)
     drawn: list[np.ndarray] = []

@@ -27,9 +27,9 @@ class Arguments(Section):
         self.require(self.cpu_devices is None or self.cpu_devices > 0, "cpu_devices", "is not positive")
 
     def run_dir(self) -> Path:
-        name = Path(self.config).stem if self.config else "*" if self.resume else "default"
+        name = Path(self.config).stem if self.config else None
         if not self.resume:
-            return new_run_dir(name, self.out_dir)
+            return new_run_dir(name or "default", self.out_dir)
         path = Path(self.out_dir) if self.out_dir else newest_run(name)
         if not holds_run(path):
             raise UserError(f"{path} holds no run with a checkpoint to resume; leave --resume out to start one there")

@@ -1,8 +1,10 @@
 """Orbax checkpoints: written asynchronously, complete or absent, restored whole or not at all."""
 
+import errno
 import hashlib
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import orbax.checkpoint as ocp
 from gptjax.errors import UserError
 
 CHECKSUMS = "sha256.json"  # in a checkpoint: its files and their SHA-256, since Orbax notices not every damage
+SPARE_BYTES = 1 << 20  # for a checkpoint's own description, and for the metrics
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its inner workings there
 
 
@@ -45,7 +48,10 @@ class Checkpoints:
             UserError: this or an earlier write failed; the checkpoint before it is still there.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         try:
+            if shutil.disk_usage(self.folder).free < 1.05 * n_bytes + SPARE_BYTES:  # sooner than in mid-write
+                raise OSError(errno.ENOSPC, f"No space left for {n_bytes:,} bytes")
             self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), force=True)
         except Exception as error:
             raise self._write_error(error) from error
@@ -126,12 +132,16 @@ class Checkpoints:
 
     def _write_error(self, error: Exception) -> UserError:
         left = f"step {self.step} is the last one that is whole" if self.step is not None else "there is none before it"
-        full = "No space left" in str(error) or "ENOSPC" in str(error) or getattr(error, "errno", None) == 28
+        full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
         reason = "the disk is full" if full else str(error).split("\n")[0][:200]
         return UserError(f"cannot write a checkpoint in {self.folder}: {reason}; {left}. Free space and --resume")
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait, as `wait` does, and end the writing threads."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._write_error(error) from error
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -27,10 +27,12 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        where = f" at {error.filename}" if error.filename else ""
-        sys.exit(_report(f"{(error.strerror or 'cannot write').lower()}{where}: nothing written there is whole", 2))
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(
+            _report(f"{error.strerror}{where}: make room or choose another folder; a run goes on with --resume", 2)
+        )
 
 
 def _report(message: str, code: int) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,15 +55,16 @@ def holds_run(path: Path) -> bool:
     return (path / "config.json").exists() and any((path / "checkpoints").glob("*/[0-9]*[0-9]"))
 
 
-def newest_run(pattern: str = "*") -> Path:
-    """The run in out/ whose checkpoints changed last, of those whose name fits the pattern.
+def newest_run(name: str | None = None) -> Path:
+    """The run in out/ whose checkpoints changed last; with a name, of out/NAME, out/NAME-2, out/NAME-3, ...
 
     Raises:
         UserError: there is none.
     """
-    runs = [path for path in Path("out").glob(pattern) if holds_run(path)]
+    fits = re.compile(f"{re.escape(name)}(-[0-9]+)?" if name else ".*")
+    runs = [path for path in Path("out").glob("*") if fits.fullmatch(path.name) and holds_run(path)]
     if not runs:
-        raise UserError(f"no run in {Path('out') / pattern}; train one with train.py or name its folder")
+        raise UserError(f"no run in {Path('out', name or '')}; train one with train.py or name its folder")
     return max(runs, key=lambda path: max(p.stat().st_mtime for p in (path / "checkpoints").iterdir()))
 
 

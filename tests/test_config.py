@@ -1,0 +1,130 @@
+"""Config: types and values are checked where a config is built, and every mistake is one line that names the field."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, Parser, TrainConfig, load_config_file
+from gptjax.errors import UserError
+
+
+def parse(*argv, defaults=None):
+    parser = Parser("train.py", "")
+    parser.add_fields(defaults or Config())
+    return parser.parse(argv, defaults or Config())[0]
+
+
+def test_the_command_line_overrides_fields_of_every_type():
+    config = parse(
+        "--train.max_steps", "30", "--model.bias", "true", "--optimizer.decay_steps=none", "--data.source", "a b.txt",
+        "--optimizer.learning-rate", "3e-4", "--data.order", "epoch", "--mesh.fsdp", "-1", "--mesh.data", "2",
+    )  # fmt: skip
+    assert config.train.max_steps == 30 and config.model.bias is True and config.optimizer.decay_steps is None
+    assert config.data.source == "a b.txt" and config.optimizer.learning_rate == 3e-4 and config.data.order == "epoch"
+    assert (config.mesh.fsdp, config.mesh.data) == (-1, 2)
+    assert config.train == dataclasses.replace(Config().train, max_steps=30)  # and nothing else
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--model.n_layers", "3"], ["--model.n_layers", "did you mean --model.n_layer?"]),
+        (["--max_steps", "3"], ["--max_steps", "did you mean --train.max_steps?"]),
+        (["--model.n_layer", "x"], ["--model.n_layer", "'x'", "integer"]),
+        (["--model.n_layer", "2.5"], ["--model.n_layer", "'2.5'", "integer"]),
+        (["--model.bias", "perhaps"], ["--model.bias", "'perhaps'", "true or false"]),
+        (["--data.order", "backwards"], ["--data.order", "'backwards'", "random or epoch"]),
+        (["--train.max_steps"], ["--train.max_steps", "expected one argument"]),
+        (["--model.n_embd", "100"], ["model.n_embd=100", "model.n_head=6", "96 or 102"]),
+        (["--train.batch_size", "10", "--train.accumulate", "4"], ["train.batch_size=10", "train.accumulate=4"]),
+        (["--optimizer.min_learning_rate", "1"], ["optimizer.min_learning_rate=1.0", "optimizer.learning_rate=0.001"]),
+        (["--mesh.fsdp", "-1"], ["mesh.", "second -1"]),
+        (["--train.seed", "-3"], ["train.seed=-3"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(argv, words):
+    with pytest.raises(UserError) as error:
+        parse(*argv)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: ModelConfig(n_layer="4"), ["model.n_layer='4'", "integer"]),
+        (lambda: ModelConfig(n_layer=True), ["model.n_layer=True", "integer"]),
+        (lambda: ModelConfig(dtype="float16"), ["model.dtype='float16'", "bfloat16"]),
+        (lambda: DataConfig(val_fraction=1), ["data.val_fraction=1"]),
+        (lambda: TrainConfig(eval_interval=0), ["train.eval_interval=0"]),
+        (lambda: MeshConfig(data=0), ["mesh.data=0"]),
+        (lambda: Config(model=DataConfig()), ["model="]),
+    ],
+)
+def test_mistakes_in_python_name_the_field(build, words):
+    with pytest.raises(UserError) as error:
+        build()
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_an_integer_serves_as_a_number():
+    assert ModelConfig(dropout=0).dropout == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("config = Config(model=ModelConfig(n_layers=4))", ["line 2", "ModelConfig", "did you mean n_layer?"]),
+        ("config = Config(model=ModelConfig(n_layer='x'))", ["line 2", "model.n_layer='x'"]),
+        ("config = 3", ["builds no"]),
+        ("config = Config(", ["SyntaxError"]),
+        ("import nonesuch", ["line 2", "nonesuch"]),
+    ],
+)
+def test_mistakes_in_a_config_file_name_the_file_and_line(tmp_path, text, words):
+    path = tmp_path / "mine.py"
+    path.write_text(f"from gptjax.config import *\n{text}\n")
+    with pytest.raises(UserError) as error:
+        load_config_file(path)
+    assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
+
+
+def test_a_missing_config_file_is_named_with_its_neighbour(tmp_path):
+    (tmp_path / "shakespeare.py").touch()
+    with pytest.raises(UserError, match=r"no config file .*shakespear\.py; did you mean .*shakespeare\.py\?"):
+        load_config_file(tmp_path / "shakespear.py")
+
+
+def test_json_round_trip_and_its_mistakes(tmp_path):
+    config, path = Config(model=ModelConfig(n_layer=3), data=DataConfig(sha256="ab")), tmp_path / "config.json"
+    path.write_text(config.to_json())
+    assert Config.from_json(path) == config
+    for text in ("{", '{"model": {"depth": 3}}', '{"nonesuch": {}}', "[]", '{"model": 3}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="config of this version"):
+            Config.from_json(path)
+    with pytest.raises(UserError, match="No such file"):
+        Config.from_json(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("configs/*.py")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_says_what_it_is(path):
+    load_config_file(path)
+    docstring = path.read_text().split('"""')[1]
+    assert f"python train.py --config configs/{path.name}" in docstring
+
+
+@pytest.mark.parametrize(("vocab_size", "padded"), [(65, 65), (1023, 1023), (1024, 1024), (1025, 1152), (50257, 50304)])
+def test_vocabulary_padding(vocab_size, padded):
+    assert ModelConfig(vocab_size=vocab_size).padded_vocab_size == padded
+
+
+def test_help_explains_every_field():
+    parser = Parser("train.py", "")
+    parser.add_fields(Config())
+    text = parser.format_help()
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(section.default_factory):
+            assert f"--{section.name}.{field.name} " in text and field.metadata["help"]
