@@ -18,7 +18,7 @@ from gptjax.run import load_run, newest_run
 class Arguments(Section):
     run: str | None = option(None, "folder of the run; none: the newest in out/")
     checkpoint: Literal["best", "latest"] = option("best", "parameters: best by validation loss, or the latest")
-    prompt: str = option("\n", "text to go on from")
+    prompt: str = option("", "text to go on from; none: a new line")
     prompt_file: str | None = option(None, "file to read the prompt from; -: standard input")
     num_samples: int = option(1, "samples drawn at once; the first is streamed")
     max_new_tokens: int = option(500, "tokens in each")
@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_fields(Arguments())
     [arguments] = parser.parse(argv, Arguments())
     config, params, tokenizer = load_run(Path(arguments.run) if arguments.run else newest_run(), arguments.checkpoint)
-    prompt = arguments.text() or "\n"
-    prompt_BP = np.repeat(tokenizer.encode(prompt, special=True)[None], arguments.num_samples, axis=0)
+    prompt = arguments.text()
+    prompt_BP = np.repeat(tokenizer.prompt(prompt)[None], arguments.num_samples, axis=0)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.context)
     chunks = generate(config.model, params, prompt_BP, arguments.max_new_tokens, sampling, arguments.seed)
     drawn: list[np.ndarray] = []

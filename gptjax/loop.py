@@ -138,8 +138,8 @@ def validation_loss(run: Run, params: Any) -> float:
     starts = np.append(starts, np.full(-len(starts) % rows, len(tokens)))  # windows past the end: nothing counts
 
     def put(i: int) -> jax.Array:
-        windows_BT = batches.windows(tokens, starts[i * rows : (i + 1) * rows], block_size, run.config.model.vocab_size)
-        return jax.device_put(windows_BT[None], batch_sharding(run.mesh))
+        windows_BW = batches.windows(tokens, starts[i * rows : (i + 1) * rows], block_size, run.config.model.vocab_size)
+        return jax.device_put(windows_BW[None], batch_sharding(run.mesh))
 
     sums = [run.steps.evaluate(params, windows) for windows in batches.prefetch(put, range(len(starts) // rows))]
     nats, n_targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
@@ -218,13 +218,13 @@ def _introduce(run: Run, step: int) -> tuple[float, float]:
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1) or "one device"
     peak_text = "" if math.isnan(peak) else f", peak {peak / 1e12:.3g} TFLOP/s"
     print(f"devices: {len(devices)} x {devices[0].device_kind} ({mesh}){peak_text}", flush=True)
-    return flops_per_token, peak
+    return float(flops_per_token), peak
 
 
 def _report(run: Run, mfu: float) -> None:
     """Print report.md and write it: figures, and a sample of the best parameters' text."""
     config, params, tokenizer = load_run(run.folder, "best")
-    prompt = tokenizer.encode("\n")[None]
+    prompt = tokenizer.prompt()[None]
     tokens = np.hstack(list(generate(config.model, params, prompt, 400, Sampling(temperature=0.8), seed=0)))[0]
     some = run.dataset.val.window(0, 100_000)
     text = report.run_report(

@@ -5,6 +5,7 @@ Every local array carries its shape in its name:
     N heads    H head width      F MLP width     V vocabulary (padded)
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -145,8 +146,20 @@ def _linear(
         use_bias=config.bias,
         dtype=config.dtype,
         kernel_init=nn.initializers.normal(std),
+        dot_general=_matmul,
         name=name,
     )
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None) -> jax.Array:
+    """The last axes of x times the first of the kernel, as one product of two matrices.
+
+    With [B, T, D] as it is, XLA on CPUs transposes the gradient of [B, T, F], which took a quarter of a step.
+    """
+    n_contracted = len(dimension_numbers[0][0])
+    n_in = math.prod(kernel.shape[:n_contracted])
+    y = x.reshape(-1, n_in) @ kernel.reshape(n_in, -1)
+    return y.reshape(*x.shape[: x.ndim - n_contracted], *kernel.shape[n_contracted:])
 
 
 def _norm(config: ModelConfig, name: str | None = None) -> nn.Module:

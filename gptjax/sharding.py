@@ -50,11 +50,27 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """For each array of a tree of parameters, or of a train state, its sharding by the table."""
+    """For each array of a tree of parameters, or of a train state, its sharding by the table.
+
+    A small vocabulary that is not padded and does not divide stays whole.
+
+    Raises:
+        UserError: another axis does not divide.
+    """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, next(spec for end, spec in TABLE.items() if re.search(end, name)))
+        axes = list(next(spec for end, spec in TABLE.items() if re.search(end, name)))
+        for i, axis in enumerate(axes):
+            if axis is not None and leaf.shape[i] % mesh.shape[axis]:
+                if name.endswith("token_embedding") and i == 0:
+                    axes[i] = None
+                    continue
+                raise UserError(
+                    f"mesh.{axis}={mesh.shape[axis]} does not divide axis {i} of {name} {leaf.shape}; "
+                    f"choose a mesh.{axis} that divides {leaf.shape[i]}"
+                )
+        return NamedSharding(mesh, P(*axes))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 

@@ -102,6 +102,18 @@ class Tokenizer:
             return next(_encode_characters([text], self._id_of_code_point))
         return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def prompt(self, text: str = "") -> Int32[np.ndarray, " T"]:
+        """The ids of a prompt, in which "<|endoftext|>" is that token; of an empty one a new line, or token 0.
+
+        Raises `UserError` as `encode`.
+        """
+        if text:
+            return self.encode(text, special=True)
+        try:
+            return self.encode("\n")
+        except UserError:  # a character tokenizer of a text of one line
+            return np.zeros(1, np.int32)
+
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[Int32[np.ndarray, " _"]]:
         """Encode a text that comes in pieces, in bounded memory, to the ids that the whole text has."""
         if self._id_of_code_point is not None:

@@ -1,4 +1,7 @@
-"""Loss, train_step and eval_step: pure functions, compiled over the mesh."""
+"""Loss, train_step and eval_step: pure functions, compiled over the mesh.
+
+Shape suffixes as in model.py, and A micro-steps, W the T + 1 tokens of a window: inputs and, one on, targets.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,13 +28,13 @@ class TrainState(NamedTuple):
 
 
 def loss_sum(
-    model: GPT, params: Any, windows_BT: Int[Array, "B T+1"], rngs: dict[str, jax.Array] | None = None
+    model: GPT, params: Any, windows_BW: Int[Array, "B W"], rngs: dict[str, jax.Array] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross-entropy in nats of each window's tokens after its first, summed, and how many those are.
 
     A place past the end of the text holds -1 and does not count. Dropout is on where `rngs` has a "dropout".
     """
-    inputs_BT, targets_BT = jnp.maximum(windows_BT[:, :-1], 0), windows_BT[:, 1:]
+    inputs_BT, targets_BT = jnp.maximum(windows_BW[:, :-1], 0), windows_BW[:, 1:]
     logits_BTV = model.apply({"params": params}, inputs_BT, rngs=rngs)
     counts_BT = (targets_BT >= 0).astype(jnp.float32)
     nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, jnp.maximum(targets_BT, 0))
@@ -46,39 +49,39 @@ def init_state(config: Config) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def train_step(config: Config, state: TrainState, windows_ABT: Int[Array, "A B T+1"]) -> tuple[TrainState, Any]:
+def train_step(config: Config, state: TrainState, windows_ABW: Int[Array, "A B W"]) -> tuple[TrainState, Any]:
     """One optimizer step on the mean loss over all A x B windows; A micro-steps bound the memory.
 
     Dropout is keyed by (train.seed, step, micro-step), so the step is a function of state and batch alone.
     """
     model, optimizer = GPT(config.model), make_optimizer(config.optimizer, config.train.max_steps)
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-    n_targets = windows_ABT.size // windows_ABT.shape[-1] * (windows_ABT.shape[-1] - 1)
+    n_targets = windows_ABW.size // windows_ABW.shape[-1] * (windows_ABW.shape[-1] - 1)
 
-    def micro_loss(params: Any, windows_BT: jax.Array, micro: jax.Array) -> jax.Array:
+    def micro_loss(params: Any, windows_BW: jax.Array, micro: jax.Array) -> jax.Array:
         rngs = {"dropout": jax.random.fold_in(key, micro)} if config.model.dropout else None
-        return loss_sum(model, params, windows_BT, rngs)[0] / n_targets
+        return loss_sum(model, params, windows_BW, rngs)[0] / n_targets
 
     def accumulate(total: Any, micro: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(state.params, *micro)), None
 
-    if len(windows_ABT) == 1:
-        loss, grads = jax.value_and_grad(micro_loss)(state.params, windows_ABT[0], jnp.zeros((), jnp.int32))
+    if len(windows_ABW) == 1:
+        loss, grads = jax.value_and_grad(micro_loss)(state.params, windows_ABW[0], jnp.zeros((), jnp.int32))
     else:
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, grads), _ = jax.lax.scan(accumulate, zero, (windows_ABT, jnp.arange(len(windows_ABT))))
+        (loss, grads), _ = jax.lax.scan(accumulate, zero, (windows_ABW, jnp.arange(len(windows_ABW))))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
         "train_loss": loss,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": make_schedule(config.optimizer, config.train.max_steps)(state.step),
     }
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
 
-def eval_step(config: Config, params: Any, windows_ABT: Int[Array, "1 B T+1"]) -> Float[Array, "2"]:
+def eval_step(config: Config, params: Any, windows_ABW: Int[Array, "1 B W"]) -> Float[Array, "2"]:
     """A batch's nats, summed, and the number of its targets."""
-    return jnp.stack(loss_sum(GPT(config.model), params, windows_ABT[0]))
+    return jnp.stack(loss_sum(GPT(config.model), params, windows_ABW[0]))
 
 
 class Steps(NamedTuple):

@@ -1,0 +1,131 @@
+"""The loop: exact evaluation, best and latest, early stopping, divergence, resumption on other devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gptjax.data.prepare import load_dataset
+from gptjax.errors import UserError
+from gptjax.loop import Run, resolve, train, validation_loss
+from gptjax.model import GPT
+from gptjax.report import read_metrics
+from gptjax.run import load_run
+from gptjax.sharding import make_mesh
+from gptjax.training import compile_steps, init_state, loss_sum
+
+MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, dtype="float32")
+TRAIN = TrainConfig(max_steps=12, batch_size=8, eval_interval=4, save_interval=5, log_interval=3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    words = np.random.default_rng(0).choice(["to", "be", "or", "not", "that", "is", "the", "question"], 3000)
+    (folder / "text.txt").write_text(" ".join(words))
+    return DataConfig(source=str(folder / "text.txt"), dir=str(folder / "data"))
+
+
+def config_with(data, **sections):
+    return Config(data=data, **{"model": MODEL, "train": TRAIN, **sections})
+
+
+def with_train(config, **changes):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def run_of(config):
+    dataset = load_dataset(config.data)
+    config = resolve(config, dataset)
+    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate)
+    return Run(config, None, dataset, mesh, compile_steps(config, mesh), None, None)
+
+
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_the_whole_split_is_evaluated_exactly(data, batch_size):
+    """Against one pass over all windows by hand: each token after the first counts once, whatever the batches."""
+    run = run_of(with_train(config_with(data), batch_size=batch_size))
+    params = init_state(run.config).params
+    ids = run.dataset.val.window(0, len(run.dataset.val)).astype(np.int32)
+    nats, loss = 0.0, jax.jit(lambda window: loss_sum(GPT(run.config.model), params, window)[0])
+    for start in range(0, len(ids) - 1, 16):
+        window = jnp.asarray(ids[start : start + 17])[None]
+        nats += float(loss(window))
+    by_mesh = validation_loss(run, jax.device_put(params, jax.tree.map(lambda a: a.sharding, run.steps.state.params)))
+    assert len(ids) % 16 != 1  # or the last window would be whole, and padding untested
+    np.testing.assert_allclose(by_mesh, nats / (len(ids) - 1), rtol=1e-6)  # float32 sums in another order
+
+
+def test_a_part_of_the_split_is_spread_over_it_and_the_same_each_time(data):
+    run = run_of(with_train(config_with(data), eval_batches=3))
+    params = run.steps.init().params
+    assert validation_loss(run, params) == validation_loss(run, params)
+    whole = run._replace(config=with_train(run.config, eval_batches=0))
+    assert validation_loss(run, params) != validation_loss(whole, params)
+    np.testing.assert_allclose(validation_loss(run, params), validation_loss(whole, params), rtol=0.05)
+
+
+def test_best_and_latest_are_both_kept_and_an_overfitting_run_can_stop_early(data, tmp_path, capsys):
+    """At this learning rate the validation loss soon rises again."""
+    config = config_with(data, optimizer=OptimizerConfig(learning_rate=0.3, warmup_steps=0, grad_clip=0.0))
+    config = with_train(config, max_steps=400, patience=3, eval_interval=2)
+    assert train(config, tmp_path / "run", resume=False) == 0
+    metrics = read_metrics(tmp_path / "run" / "metrics.csv")
+    evaluated = np.isfinite(metrics["val_loss"])
+    steps, losses = metrics["step"][evaluated], metrics["val_loss"][evaluated]
+    best = int(steps[losses.argmin()])
+    assert steps[-1] == best + 6 < 400
+    config, best_params, _ = load_run(tmp_path / "run", "best")
+    _, latest_params, _ = load_run(tmp_path / "run", "latest")
+    run = run_of(config)
+    on_mesh = jax.tree.map(lambda a: a.sharding, run.steps.state.params)
+    for params, loss in ((best_params, losses.min()), (latest_params, losses[-1])):
+        np.testing.assert_allclose(validation_loss(run, jax.device_put(params, on_mesh)), loss, rtol=1e-6)
+    assert f"at step {best}" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_ends_with_one_line_and_keeps_what_was_saved(data, tmp_path):
+    config = config_with(data, optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=3, grad_clip=0.0))
+    with pytest.raises(UserError, match=r"train_loss=(nan|inf) at step \d+: the run diverged"):
+        train(config, tmp_path / "run", resume=False)
+    load_run(tmp_path / "run", "best")
+
+
+def test_a_run_resumes_on_another_mesh(data, tmp_path):
+    """Bits may differ there, for sums run in another order; the losses do not."""
+    whole = config_with(data)
+    assert train(whole, tmp_path / "whole", resume=False) == 0
+    decay = OptimizerConfig(decay_steps=12)
+    first = dataclasses.replace(with_train(whole, max_steps=8), optimizer=decay)
+    assert train(first, tmp_path / "parts", resume=False) == 0
+    second = dataclasses.replace(whole, optimizer=decay, mesh=MeshConfig(fsdp=2, tensor=2))
+    assert train(second, tmp_path / "parts", resume=True) == 0
+    columns = [read_metrics(tmp_path / name / "metrics.csv")["val_loss"] for name in ("whole", "parts")]
+    np.testing.assert_allclose(*columns, rtol=1e-5)
+
+
+def test_a_changed_text_is_not_resumed_on(data, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 200)
+    config = config_with(DataConfig(source=str(text), dir=str(tmp_path / "data")))
+    assert train(config, tmp_path / "run", resume=False) == 0
+    text.write_text("to be or to be not " * 200)
+    with pytest.raises(UserError, match=r"cannot resume: the tokens of data.source=.*text.txt are not those"):
+        train(config, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_window_is_visited_once_per_epoch(data, accumulate):
+    from gptjax.loop import _batch_maker
+
+    ordered = dataclasses.replace(data, order="epoch")
+    run = run_of(with_train(config_with(ordered), accumulate=accumulate, batch_size=16))
+    n_windows = (len(run.dataset.train) - 1) // 16
+    make = _batch_maker(run)
+    rows = np.concatenate([np.asarray(make(step)).reshape(16, 17) for step in range(-(-n_windows // 16))])[:n_windows]
+    ids = run.dataset.train.window(0, len(run.dataset.train))
+    expected = sorted(tuple(ids[start : start + 17]) for start in range(0, 16 * n_windows, 16))
+    assert sorted(map(tuple, rows)) == expected
