@@ -1,4 +1,7 @@
-"""PLACEHOLDER"""
+"""The same small GPT on nanoGPT's corpus, a million characters of Shakespeare, one token a character.
+
+    python train.py --config configs/tiny_shakespeare.py
+"""
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 

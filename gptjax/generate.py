@@ -1,7 +1,7 @@
 """Text from a model: one prefill of the prompt, then lax.scan over a KV cache; shape suffixes as in model.py."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ def prefill(
     hides its keys until decoding overwrites them.
     """
     hidden, logits = _parts(config, params)
-    x_BTD, cache = hidden(tokens_BT, init_cache(config, tokens_BT.shape[0], config.block_size + CHUNK))
+    x_BTD, cache = hidden(tokens_BT, init_cache(config, tokens_BT.shape[0], config.block_size))
     return cache, logits(jax.lax.dynamic_slice_in_dim(x_BTD, length - 1, 1, axis=1))[:, 0]
 
 
@@ -110,7 +110,6 @@ def generate(
 
     The i-th new token is a function of (prompt, weights, sampling, seed, i): how many follow it changes nothing.
     """
-    config = replace(config, dropout=0.0)
     temperature, keys = jnp.float32(sampling.temperature), jax.random.key(seed)
     text_BT, n_new, chunk_index = np.asarray(prompt_BP, np.int32)[:, -config.block_size :], 0, 0
     while n_new < max_new_tokens:
@@ -118,7 +117,7 @@ def generate(
         while text_BT.shape[1] <= config.block_size and n_new < max_new_tokens:
             position, key = jnp.int32(text_BT.shape[1]), jax.random.fold_in(keys, chunk_index)
             cache, logits_BV, new = decode(config, params, cache, logits_BV, position, key, temperature, sampling.top_k)
-            # The token after a full block is still exact; those behind it stood at positions that do not exist.
+            # The token after a full block is still exact; those behind it were written over the block's last place.
             kept_BC = np.asarray(new)[:, : min(config.block_size + 1 - text_BT.shape[1], max_new_tokens - n_new)]
             text_BT, n_new, chunk_index = np.hstack([text_BT, kept_BC]), n_new + kept_BC.shape[1], chunk_index + 1
             yield kept_BC

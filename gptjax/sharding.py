@@ -1,5 +1,6 @@
 """The device mesh, and the one table that says how each parameter is split over it."""
 
+import math
 import re
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import MeshConfig
+from gptjax.config import MeshConfig, ModelConfig
 from gptjax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
@@ -34,13 +35,12 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
         UserError: the axes do not multiply to the number of devices, or the batch does not split.
     """
     n_devices, sizes = jax.device_count(), {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    fixed = 1
-    for size in sizes.values():
-        fixed *= max(size, 1)
+    asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if n_devices % fixed or (fixed != n_devices and -1 not in sizes.values()):
+        raise UserError(f"{asked} does not fit {n_devices} devices; with one axis -1 the others must divide that")
     sizes = {name: n_devices // fixed if size == -1 else size for name, size in sizes.items()}
     asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-    if sizes["data"] * sizes["fsdp"] * sizes["tensor"] != n_devices:
-        raise UserError(f"{asked} is not the number of devices, {n_devices}; give one of them -1 to take the rest")
     if batch_size % (sizes["data"] * sizes["fsdp"]):
         raise UserError(
             f"train.batch_size / train.accumulate = {batch_size} windows do not split over {asked}; "
@@ -49,28 +49,25 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (jax.sharding.AxisType.Auto,) * 3)
 
 
+def require_divisible(model: ModelConfig, mesh: Mesh) -> None:
+    """Raise `UserError` where the mesh does not divide what the table splits."""
+    for field, axis in (("n_head", "tensor"), ("n_embd", "fsdp")):
+        size = mesh.shape[axis]
+        model.require(getattr(model, field) % size == 0, field, f"does not split over mesh.{axis}={size}")
+
+
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """For each array of a tree of parameters, or of a train state, its sharding by the table.
 
-    A small vocabulary that is not padded and does not divide stays whole.
-
-    Raises:
-        UserError: another axis does not divide.
+    A vocabulary too small to be padded, as one of characters is, stays whole where it does not divide.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes = list(next(spec for end, spec in TABLE.items() if re.search(end, name)))
-        for i, axis in enumerate(axes):
-            if axis is not None and leaf.shape[i] % mesh.shape[axis]:
-                if name.endswith("token_embedding") and i == 0:
-                    axes[i] = None
-                    continue
-                raise UserError(
-                    f"mesh.{axis}={mesh.shape[axis]} does not divide axis {i} of {name} {leaf.shape}; "
-                    f"choose a mesh.{axis} that divides {leaf.shape[i]}"
-                )
-        return NamedSharding(mesh, P(*axes))
+        spec = next(spec for end, spec in TABLE.items() if re.search(end, name))
+        if name.endswith("token_embedding") and leaf.shape[0] % mesh.shape["tensor"]:
+            spec = P(None, spec[1])
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 

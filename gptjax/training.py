@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from gptjax.config import Config
 from gptjax.model import GPT
 from gptjax.optimizer import make_optimizer, make_schedule
-from gptjax.sharding import batch_sharding, shardings
+from gptjax.sharding import batch_sharding, require_divisible, shardings
 
 
 class TrainState(NamedTuple):
@@ -95,6 +95,7 @@ class Steps(NamedTuple):
 
 def compile_steps(config: Config, mesh: Mesh) -> Steps:
     """jit with shardings: the state is born sharded by the table, donated from step to step."""
+    require_divisible(config.model, mesh)
     abstract = jax.eval_shape(lambda: init_state(config))
     split = shardings(mesh, abstract)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, split)

@@ -22,7 +22,7 @@ def abstract(tree):
 def saved(tmp_path):
     checkpoints = Checkpoints(tmp_path / "latest")
     for step in (1, 2):
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf * step), PARAMS)
+        params = jax.tree.map(lambda leaf, n=step: jnp.asarray(leaf * n), PARAMS)
         checkpoints.save(step, {"seconds": 0.5 * step}, params=params, opt_state={"count": jnp.int32(step)})
     checkpoints.wait()
     checkpoints.close()

@@ -106,8 +106,9 @@ def test_sampling_several_from_standard_input(trained, folder):
 @pytest.mark.parametrize(("devices", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_stopped_run_resumes_bit_for_bit(folder, devices, number):
     """With dropout, accumulation and evaluations at other steps than checkpoints."""
-    options = [*TINY, "--model.dropout", "0.1", "--train.accumulate", "2", "--train.max_steps", "300"]
-    options += ["--train.log_interval", "1", "--cpu_devices", devices]
+    options = [*TINY, "--model.dropout", "0.1", "--train.accumulate", "2", "--train.max_steps", "200"]
+    options += ["--train.log_interval", "1", "--train.eval_interval", "60", "--train.save_interval", "50"]
+    options += ["--cpu_devices", devices]
     whole, parts = folder / f"whole{devices}", folder / f"parts{devices}{number}"
     assert run("train.py", *options, "--out_dir", whole, cwd=folder)[0] == 0
     process = start("train.py", *options, "--out_dir", parts, cwd=folder)
@@ -118,7 +119,7 @@ def test_a_stopped_run_resumes_bit_for_bit(folder, devices, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and err == "" and "--resume" in out
-    assert 18 <= state_of(parts)[0] < 300
+    assert 18 <= state_of(parts)[0] < 200
     code, out, err = run("train.py", "--resume", "--out_dir", parts, "--cpu_devices", devices, cwd=folder)
     assert (code, err) == (0, "") and "resumed at step" in out
     assert_bit_equal(state_of(parts), state_of(whole))

@@ -1,0 +1,242 @@
+"""A mesh changes where numbers are, not what they are: 8 virtual devices train as one does."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gptjax.errors import UserError
+from gptjax.sharding import batch_sharding, make_mesh
+from gptjax.training import compile_steps
+
+CONFIG = Config(
+    model=ModelConfig(
+        vocab_size=64, block_size=8, n_layer=1, n_head=8, n_embd=32, bias=True, dropout=0.1, dtype="float32"
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, grad_clip=0.5),
+    train=TrainConfig(batch_size=32, max_steps=10),
+)
+MESHES = {
+    "8x1x1": MeshConfig(data=8),
+    "1x8x1": MeshConfig(data=1, fsdp=8),
+    "1x1x8": MeshConfig(data=1, tensor=8),
+    "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+ONE_DEVICE = None
+
+
+def mesh_of(mesh_config):
+    if mesh_config is not ONE_DEVICE:
+        return make_mesh(mesh_config, CONFIG.train.batch_size)
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types, devices=jax.devices()[:1])
+
+
+def batch(mesh, step, accumulate=1):
+    """Windows of an alternating text, so that there is something to learn."""
+    rng, shape = np.random.default_rng(step), (CONFIG.train.batch_size, CONFIG.model.block_size + 1)
+    windows = (rng.integers(0, 64, shape) // 4 * 4 + np.arange(shape[1]) % 4).astype(np.int32)
+    return jax.device_put(windows.reshape(accumulate, -1, shape[1]), batch_sharding(mesh))
+
+
+class Trained(NamedTuple):
+    mesh: Mesh
+    losses: list[float]
+    params: Any  # on the host
+    evaluation: np.ndarray
+    planned: dict[str, NamedSharding]
+    born: dict[str, NamedSharding]
+    last: dict[str, NamedSharding]
+    shard_sizes: dict[str, tuple[int, int]]  # of the newborn state: entries on the first device, and in all
+    donated: bool
+    compiled_late: list[str]  # programs compiled after the first step and evaluation
+
+
+@pytest.fixture(scope="module")
+def train(compilations):
+    """Ten steps and an evaluation of a config on a mesh, once for each."""
+
+    @cache
+    def run(config, mesh_config) -> Trained:
+        mesh = mesh_of(mesh_config)
+        steps = compile_steps(config, mesh)
+        batches = [batch(mesh, step, config.train.accumulate) for step in range(10)]
+        held_out = batch(mesh, 99)
+        born = steps.init()
+        shardings_born = {name: leaf.sharding for name, leaf in leaves(born).items()}
+        sizes = {name: (leaf.addressable_shards[0].data.size, leaf.size) for name, leaf in leaves(born).items()}
+        state, metrics = steps.train(born, batches[0])
+        steps.evaluate(state.params, held_out)
+        losses = [float(metrics["train_loss"])]
+        with compilations() as late:
+            for windows in batches[1:]:
+                state, metrics = steps.train(state, windows)
+                losses.append(float(metrics["train_loss"]))
+            evaluation = np.asarray(steps.evaluate(state.params, held_out))
+        return Trained(
+            mesh,
+            losses,
+            jax.device_get(state.params),
+            evaluation,
+            planned={name: leaf.sharding for name, leaf in leaves(steps.state).items()},
+            born=shardings_born,
+            last={name: leaf.sharding for name, leaf in leaves(state).items()},
+            shard_sizes=sizes,
+            donated=all(leaf.is_deleted() for leaf in jax.tree.leaves(born)),
+            compiled_late=late,
+        )
+
+    return run
+
+
+def leaves(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def assert_same_training(actual, expected, assert_trees_close):
+    assert expected.losses[0] - expected.losses[-1] > 0.3, "nothing is learned, so little is compared"
+    # Float32 sums in another order, 1e-7 each; ten steps carry them on. Measured: 2e-7.
+    np.testing.assert_allclose(actual.losses, expected.losses, rtol=1e-5)
+    np.testing.assert_allclose(actual.evaluation, expected.evaluation, rtol=1e-5)
+    # Adam divides a gradient by its own size: rounding of 1e-8 in an entry of size g moves the parameter by
+    # learning_rate * 1e-8 / g in a step, so 1e-4 over ten steps where g is 1e-5. Measured: 3e-5, in one of 1e5 entries;
+    # the steps themselves move parameters by 5e-2. The key bias, to which softmax is blind, has gradient 0 but for
+    # rounding, and moves at random by learning_rate a step at most.
+    trees = [jax.tree.map(np.asarray, run.params) for run in (actual, expected)]
+    key_biases = [tree["layers"]["attention"]["key"].pop("bias") for tree in trees]
+    assert_trees_close(*trees, atol=1e-4)
+    np.testing.assert_allclose(*key_biases, rtol=0, atol=2 * 10 * CONFIG.optimizer.learning_rate)
+
+
+@pytest.mark.parametrize("mesh_config", MESHES.values(), ids=MESHES)
+def test_every_mesh_trains_as_one_device_does(train, mesh_config, assert_trees_close):
+    """With dropout, whose masks must not depend on the mesh either."""
+    assert_same_training(train(CONFIG, mesh_config), train(CONFIG, ONE_DEVICE), assert_trees_close)
+
+
+def test_accumulated_micro_batches_are_one_large_batch(train, assert_trees_close):
+    whole = replace(CONFIG, model=replace(CONFIG.model, dropout=0.0))  # micro-steps draw masks of their own
+    parts = replace(whole, train=replace(whole.train, accumulate=4))
+    assert_same_training(train(parts, MESHES["8x1x1"]), train(whole, ONE_DEVICE), assert_trees_close)
+
+
+@pytest.mark.parametrize("mesh_config", [ONE_DEVICE, *MESHES.values()], ids=["one", *MESHES])
+def test_steps_are_compiled_once_and_their_state_is_donated(train, mesh_config):
+    run = train(CONFIG, mesh_config)
+    assert run.compiled_late == []
+    assert run.donated
+
+
+def test_compilations_are_seen(compilations):
+    with compilations() as names:
+        jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.ones(7)))
+    assert names
+
+
+# The table as it is meant: what each parameter and both of its moments must be split over.
+WANTED = {
+    "token_embedding": P("tensor", "fsdp"),
+    "position_embedding": P(None, "fsdp"),
+    "final_norm/bias": P(),
+    "final_norm/scale": P(),
+    "layers/attention_norm/bias": P(),
+    "layers/attention_norm/scale": P(),
+    "layers/attention/query/kernel": P(None, "fsdp", "tensor", None),
+    "layers/attention/query/bias": P(None, "tensor", None),
+    "layers/attention/key/kernel": P(None, "fsdp", "tensor", None),
+    "layers/attention/key/bias": P(None, "tensor", None),
+    "layers/attention/value/kernel": P(None, "fsdp", "tensor", None),
+    "layers/attention/value/bias": P(None, "tensor", None),
+    "layers/attention/out/kernel": P(None, "tensor", None, "fsdp"),
+    "layers/attention/out/bias": P(),
+    "layers/mlp_norm/bias": P(),
+    "layers/mlp_norm/scale": P(),
+    "layers/mlp/up/kernel": P(None, "fsdp", "tensor"),
+    "layers/mlp/up/bias": P(None, "tensor"),
+    "layers/mlp/down/kernel": P(None, "tensor", "fsdp"),
+    "layers/mlp/down/bias": P(),
+}
+
+
+@pytest.mark.parametrize("mesh_config", MESHES.values(), ids=MESHES)
+def test_state_is_born_sharded_and_stays_so(train, mesh_config):
+    run = train(CONFIG, mesh_config)
+    assert leaves(run.params).keys() == WANTED.keys()
+    n_found = 0
+    for name, born in run.born.items():
+        own = [own for own in WANTED if name.endswith("/" + own)]
+        n_found += len(own)
+        wanted = NamedSharding(run.mesh, WANTED[own[0]] if own else P())  # steps and counts are not split
+        for sharding in (run.planned[name], born, run.last[name]):
+            assert sharding.is_equivalent_to(wanted, 4), name
+        n_parts = np.prod([run.mesh.shape[axis] for axis in wanted.spec if axis])
+        assert run.shard_sizes[name][0] * n_parts == run.shard_sizes[name][1], name
+    assert n_found == 3 * len(WANTED), "parameters and both of Adam's moments"
+
+
+def test_fsdp_leaves_no_matrix_whole(train):
+    run = train(CONFIG, MESHES["1x8x1"])
+    for name, (size, whole) in run.shard_sizes.items():
+        if name.endswith(("kernel", "embedding")):
+            assert size == whole / 8, name
+
+
+def test_the_batch_is_split_over_data_and_fsdp():
+    windows = batch(mesh_of(MESHES["2x2x2"]), 0)
+    assert windows.addressable_shards[0].data.shape == (1, 32 // 4, 9)
+
+
+@pytest.mark.parametrize(
+    ("mesh_config", "batch_size", "words"),
+    [
+        (MeshConfig(data=3), 12, ["mesh.data=3", "does not fit 8 devices", "-1"]),
+        (MeshConfig(data=2, fsdp=2, tensor=1), 12, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=1", "8 devices"]),
+        (MeshConfig(data=-1, fsdp=3), 12, ["mesh.fsdp=3", "does not fit 8 devices"]),
+        (MeshConfig(data=-1, fsdp=16), 16, ["mesh.fsdp=16", "does not fit 8 devices"]),
+        (MeshConfig(), 12, ["train.batch_size", "12", "mesh.data=8", "multiple of 8"]),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 6, ["train.batch_size", "6", "mesh.fsdp=2", "multiple of 4"]),
+    ],
+)
+def test_what_does_not_fit_the_devices_is_said(mesh_config, batch_size, words):
+    with pytest.raises(UserError) as error:
+        make_mesh(mesh_config, batch_size)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_only_one_axis_can_be_the_rest():
+    with pytest.raises(UserError, match="mesh.tensor=-1"):
+        MeshConfig(data=-1, tensor=-1)
+    assert dict(make_mesh(MeshConfig(data=2, fsdp=-1), 8).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("mesh_config", "model", "words"),
+    [
+        (MESHES["1x1x8"], {"n_head": 4}, ["model.n_head=4", "mesh.tensor=8"]),
+        (MESHES["1x8x1"], {"n_embd": 36, "n_head": 3}, ["model.n_embd=36", "mesh.fsdp=8"]),
+    ],
+    ids=["heads", "width"],
+)
+def test_a_model_that_does_not_split_is_said(mesh_config, model, words):
+    config = replace(CONFIG, model=replace(CONFIG.model, **model))
+    with pytest.raises(UserError) as error:
+        compile_steps(config, mesh_of(mesh_config)).init()
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_vocabulary_that_does_not_split_stays_whole():
+    config = replace(CONFIG, model=replace(CONFIG.model, vocab_size=65))
+    state = compile_steps(config, make_mesh(MESHES["2x2x2"], config.train.batch_size)).state
+    assert state.params["token_embedding"].sharding.spec == P(None, "fsdp")
