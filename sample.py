@@ -11,6 +11,7 @@ import numpy as np
 from gptjax.config import Parser, Section, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.generate import Sampling, generate
+from gptjax.host import keep_freed_memory
 from gptjax.run import load_run, newest_run
 
 
@@ -51,6 +52,7 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
+    keep_freed_memory()
     parser = Parser("sample.py", __doc__)
     parser.add_fields(Arguments())
     [arguments] = parser.parse(argv, Arguments())

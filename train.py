@@ -1,15 +1,13 @@
 """Train a GPT. What a config file sets can be set here too, and wins. Ctrl-C saves and stops; --resume goes on."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-
 from gptjax.config import Config, Parser, Section, load_config_file, option
 from gptjax.errors import UserError, one_line_errors
+from gptjax.host import use_cores
 from gptjax.loop import train
 from gptjax.run import holds_run, new_run_dir, newest_run
 
@@ -48,9 +46,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_fields(arguments)
     parser.add_fields(config)
     _, config = parser.parse(argv, arguments, config)
-    rows, n_cores = config.train.batch_size // config.train.accumulate, len(os.sched_getaffinity(0))
-    n_devices = arguments.cpu_devices or max(n for n in range(1, n_cores + 1) if rows % n == 0)
-    jax.config.update("jax_num_cpu_devices", n_devices)
+    use_cores(config.train.batch_size // config.train.accumulate, arguments.cpu_devices)
     return train(config, run_dir, arguments.resume)
 
 

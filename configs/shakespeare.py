@@ -11,5 +11,5 @@ config = Config(
     data=DataConfig(source="shakespeare", tokenizer="bpe", vocab_size=1024),
     model=ModelConfig(n_layer=4, n_head=4, n_embd=192, block_size=64),
     optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=1e-4, warmup_steps=100),
-    train=TrainConfig(max_steps=2000, batch_size=16, eval_interval=200, eval_batches=40, save_interval=500),
+    train=TrainConfig(max_steps=3000, batch_size=16, eval_interval=250, eval_batches=40, save_interval=500),
 )
