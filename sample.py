@@ -37,6 +37,8 @@ class Arguments(Section):
             self.require(getattr(self, name) > 0, name, "is not positive")
         for name in ("temperature", "top_k", "seed"):
             self.require(getattr(self, name) >= 0, name, "is negative")
+        self.require(self.seed < 2**32, "seed", "is not below 2**32")
+        self.require(not (self.prompt and self.prompt_file), "prompt", "and prompt_file cannot both be given")
 
     def text(self) -> str:
         """The prompt, wherever it comes from."""

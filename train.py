@@ -18,7 +18,7 @@ class Arguments(Section):
     out_dir: str | None = option(None, "the run's folder; none: out/NAME, where NAME is the config file's")
     resume: bool = option(False, "continue the run in --out_dir, or else the newest one of this config")
     cpu_devices: int | None = option(
-        None, "CPU devices that share each batch; none: as many as there are cores and as divide it evenly"
+        None, "CPU devices; none: those of the mesh, or as many as there are cores and as divide a batch evenly"
     )
 
     def validate(self) -> None:
@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_fields(arguments)
     parser.add_fields(config)
     _, config = parser.parse(argv, arguments, config)
-    use_cores(config.train.batch_size // config.train.accumulate, arguments.cpu_devices)
+    on_mesh = max(0, config.mesh.data * config.mesh.fsdp * config.mesh.tensor)  # 0 where one of them is the rest
+    use_cores(config.train.batch_size // config.train.accumulate, arguments.cpu_devices or on_mesh)
     return train(config, run_dir, arguments.resume)
 
 

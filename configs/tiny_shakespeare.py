@@ -2,7 +2,7 @@
 
     python train.py --config configs/tiny_shakespeare.py
 
-Two CPU cores: @@ to a loss of 1.691 on the whole validation split. The corpus is downloaded; without a network pass
+Two CPU cores: 3 min to a loss of 1.691 on the whole validation split. The corpus is downloaded; without a network pass
 --data.source FILE.
 """
 

@@ -81,7 +81,7 @@ class Checkpoints:
         """
         step = self.step
         if step is None:
-            raise UserError(f"{self.folder} holds no checkpoint; the run has not saved one yet")
+            raise UserError(f"{self.folder} holds no checkpoint: the run ended before it saved one; start it anew")
         try:
             self._verify_checksums(step)
             found = self._manager.item_metadata(step)
@@ -102,7 +102,7 @@ class Checkpoints:
         """In the writing thread, just before a checkpoint is renamed to its final name and so is complete."""
         if jax.process_index() == 0:
             for folder in self.folder.iterdir():
-                if not (folder / CHECKSUMS).exists():
+                if folder.is_dir() and not (folder / CHECKSUMS).exists():
                     (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=1))
 
     def _verify_checksums(self, step: int) -> None:
@@ -127,7 +127,7 @@ class Checkpoints:
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         return UserError(
             f"the checkpoint {self.folder / str(step)} is damaged and was not loaded ({reason}); "
-            f"delete that folder to fall back on another, or restore it from a copy"
+            f"restore it from a copy, or use the run's other checkpoint (sample.py --checkpoint best or latest)"
         )
 
     def _write_error(self, error: Exception) -> UserError:

@@ -108,6 +108,7 @@ class OptimizerConfig(Section):
         self.require(self.learning_rate > 0, "learning_rate", "is not positive")
         limit = f"is not in [0, optimizer.learning_rate={self.learning_rate}]"
         self.require(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate", limit)
+        self.require(self.decay_steps is None or self.decay_steps > 0, "decay_steps", "is not positive")
         for name in ("warmup_steps", "weight_decay", "grad_clip"):
             self.require(getattr(self, name) >= 0, name, "is negative")
         for name in ("beta1", "beta2"):

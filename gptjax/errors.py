@@ -27,12 +27,12 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and error.filename is None:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        sys.exit(
-            _report(f"{error.strerror}{where}: make room or choose another folder; a run goes on with --resume", 2)
-        )
+        where = f"{error.filename}: " if error.filename is not None else ""
+        way_out = "; make room, and go on with --resume" if full else "; name another path"
+        sys.exit(_report(f"{where}{error.strerror}{way_out}", 2))
 
 
 def _report(message: str, code: int) -> int:

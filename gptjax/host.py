@@ -9,8 +9,8 @@ import jax
 M_TOP_PAD, M_MMAP_THRESHOLD = -2, -3  # of glibc's malloc.h
 
 
-def use_cores(rows: int, n_devices: int | None) -> None:
-    """Make `n_devices` CPU devices, or as many as there are cores and as divide `rows`; before anything uses jax.
+def use_cores(rows: int, n_devices: int) -> None:
+    """Make `n_devices` CPU devices, 0: as many as there are cores and as divide `rows`; before anything uses jax.
 
     Changes nothing on a machine whose devices are GPUs or TPUs.
     """
@@ -28,4 +28,4 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TOP_PAD, 64 << 20)
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        _ = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)  # older ones allow no more

@@ -1,6 +1,7 @@
 """The training loop: a run from its first step, or from where it stopped, to its report."""
 
 import math
+import os
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from gptjax import flops, report
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config
+from gptjax.config import Config, MeshConfig
 from gptjax.data import batches
 from gptjax.data.prepare import Dataset, load_dataset
 from gptjax.errors import UserError
@@ -57,6 +58,7 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
     dataset = load_dataset(config.data)
     config = resolve(config, dataset)
     mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate)
+    config = replace(config, mesh=MeshConfig(**mesh.shape))  # what a resumed run needs to be the same bit for bit
     with ExitStack() as stack:
         if resume:
             require_resumable(Config.from_json(run_dir / "config.json"), config)
@@ -67,8 +69,11 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
         run = Run(config, run_dir, dataset, mesh, compile_steps(config, mesh), latest, best)
         stop = stack.enter_context(StopSignal())
         state, progress = _resume(run) if resume else (run.steps.init(), Progress(dataset.fingerprint()))
+        if int(state.step) >= config.train.max_steps:
+            print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
+            return 0
         write_atomically(run_dir / "config.json", config.to_json())
-        dataset.tokenizer.save(run_dir / "tokenizer.json")
+        write_atomically(run_dir / "tokenizer.json", dataset.tokenizer.to_json())
         flops_per_token, peak = _introduce(run, int(state.step))
         metrics = Metrics(run_dir, config, int(state.step), progress.seconds, flops_per_token, peak)
         with metrics:
@@ -76,7 +81,7 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
     if stop.signum:
         print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run_dir}")
         return 128 + stop.signum
-    _report(run, metrics.mfu)
+    _report(run, flops_per_token / peak)
     return 0
 
 
@@ -133,8 +138,8 @@ def validation_loss(run: Run, params: Any) -> float:
     tokens, options, block_size = run.dataset.val, run.config.train, run.config.model.block_size
     rows = options.batch_size // options.accumulate
     starts = batches.sequential_starts(len(tokens), block_size)
-    if 0 < options.eval_batches * rows < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, options.eval_batches * rows).astype(int)]
+    if 0 < options.eval_batches * options.batch_size < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, options.eval_batches * options.batch_size).astype(int)]
     starts = np.append(starts, np.full(-len(starts) % rows, len(tokens)))  # windows past the end: nothing counts
 
     def put(i: int) -> jax.Array:
@@ -191,6 +196,8 @@ def _resume(run: Run) -> tuple[TrainState, Progress]:
             f"trained on; restore that text, or start a new run without --resume"
         )
     run.best.drop_after(step)
+    if run.best.step != progress.best_step:  # killed in between: the best one is found again
+        progress.best_step, progress.best_val_loss = 0, math.inf
     return TrainState(jax.device_put(np.int32(step), wanted.step.sharding), **trees), progress
 
 
@@ -221,14 +228,16 @@ def _introduce(run: Run, step: int) -> tuple[float, float]:
     return float(flops_per_token), peak
 
 
-def _report(run: Run, mfu: float) -> None:
+def _report(run: Run, mfu_per_token_rate: float) -> None:
     """Print report.md and write it: figures, and a sample of the best parameters' text."""
     config, params, tokenizer = load_run(run.folder, "best")
     prompt = tokenizer.prompt()[None]
     tokens = np.hstack(list(generate(config.model, params, prompt, 400, Sampling(temperature=0.8), seed=0)))[0]
     some = run.dataset.val.window(0, 100_000)
+    metrics = report.read_metrics(run.folder / "metrics.csv")
+    mfu = float(np.nanmedian(metrics["tokens_per_second"])) * mfu_per_token_rate
     text = report.run_report(
-        report.read_metrics(run.folder / "metrics.csv"),
+        metrics,
         title=run.folder.name,
         units_per_token=len(tokenizer.decode(some)) / len(some),
         unit="character",
@@ -237,7 +246,7 @@ def _report(run: Run, mfu: float) -> None:
         sample=tokenizer.decode(tokens).strip("\n"),
     )
     write_atomically(run.folder / "report.md", text)
-    print(f"\n{text}\ncurves: {run.folder / 'loss.png'}\nsample: python sample.py --run {run.folder} --prompt 'ROMEO:'")
+    print(f"\n{text}\ncurves: {run.folder / 'loss.png'}\nsample: python sample.py --run {run.folder}")
 
 
 class StopSignal:
@@ -251,6 +260,7 @@ class StopSignal:
 
     def _note(self, signum: int, frame: Any) -> None:
         self.signum = signum
+        os.write(1, b"\nsaving and stopping after this step; once more to stop at once and lose what is not saved\n")
         self._restore()
 
     def _restore(self) -> None:

@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 
 from gptjax.config import Config
 from gptjax.errors import UserError
+from gptjax.run import write_atomically
 
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second")
 SECONDS_BETWEEN_LINES = 5.0  # where output is no terminal
@@ -31,7 +32,7 @@ class Metrics:
 
     def __init__(self, run_dir: Path, config: Config, start: int, seconds: float, flops: float, peak: float) -> None:
         """`seconds` the run took up to step `start`; `flops` of a token; `peak` FLOP/s of all devices, nan: unknown."""
-        self.config, self.step, self.val_loss, self.mfu = config, start, math.nan, math.nan
+        self.config, self.step = config, start
         self._tokens_per_step = config.train.batch_size * config.model.block_size
         self._mfu_per_token_rate = flops / peak
         self._pending: tuple[int, Any] | None = None
@@ -57,7 +58,7 @@ class Metrics:
         """Wait for the last step that was added and take it into account; if no other follows, write its row.
 
         Raises:
-            UserError: its loss is not finite.
+            UserError: its loss or its gradients are not finite.
         """
         if self._pending is None:
             if last and self._losses:
@@ -65,11 +66,12 @@ class Metrics:
             return
         (self.step, metrics), self._pending = self._pending, None
         self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        loss, train = self._last["train_loss"], self.config.train
-        if not math.isfinite(loss):
+        loss, norm, train = self._last["train_loss"], self._last["grad_norm"], self.config.train
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
-                f"train_loss={loss} at step {self.step}: the run diverged; lower optimizer.learning_rate="
-                f"{self.config.optimizer.learning_rate}, warm up for longer or clip harder; checkpoints are kept"
+                f"train_loss={loss} and grad_norm={norm} at step {self.step}: the run diverged; lower "
+                f"optimizer.learning_rate={self.config.optimizer.learning_rate}, warm up for longer or clip harder; "
+                "checkpoints are kept"
             )
         self._losses.append(loss)
         evaluated = self.step % train.eval_interval == 0 or self.step == train.max_steps  # and so gets its row
@@ -94,9 +96,7 @@ class Metrics:
         for name in COLUMNS[3:]:
             if values[name] is not None:
                 self._tensorboard.add_scalar(name, values[name], self.step)
-        self.val_loss = self.val_loss if val_loss is None else val_loss
-        self.mfu = self.mfu if rate is None else rate * self._mfu_per_token_rate
-        self._display.show(self.step, values, self.mfu)
+        self._display.show(self.step, values, math.nan if rate is None else rate * self._mfu_per_token_rate)
         self._losses, self._row_began, self._row_step, self._paused = [], time.perf_counter(), self.step, 0.0
 
     @contextlib.contextmanager
@@ -124,15 +124,13 @@ class _open_csv:
     """Rows appended to metrics.csv; those behind `start`, the step that a run resumes from, are dropped."""
 
     def __init__(self, path: Path, start: int) -> None:
-        rows = []
-        if start and path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= start]
-        self._file = path.open("w", newline="")
+        lines = path.read_text().splitlines() if start and path.exists() else []
+        kept = [
+            line for line in lines[1:] if line.partition(",")[0].isdecimal() and int(line.partition(",")[0]) <= start
+        ]
+        write_atomically(path, "\n".join([",".join(COLUMNS), *kept]) + "\n")
+        self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
-        self._writer.writeheader()
-        self._writer.writerows(rows)
-        self._file.flush()
 
     def writerow(self, values: dict[str, Any]) -> None:
         self._writer.writerow(values)

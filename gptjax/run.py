@@ -52,7 +52,7 @@ def new_run_dir(name: str, out_dir: str | None) -> Path:
 
 def holds_run(path: Path) -> bool:
     """Whether there is a run with a checkpoint in `path`."""
-    return (path / "config.json").exists() and any((path / "checkpoints").glob("*/[0-9]*[0-9]"))
+    return (path / "config.json").exists() and any(step.name.isdecimal() for step in (path / "checkpoints").glob("*/*"))
 
 
 def newest_run(name: str | None = None) -> Path:
@@ -93,6 +93,8 @@ def require_resumable(saved: Config, config: Config) -> None:
                 f"cannot resume with {name}={new[name]}: the run has {old[name]}; "
                 f"pass --{name} {old[name]} or start a new run (without --resume, with another --out_dir)"
             )
+    if saved.mesh != config.mesh:
+        print(f"note: the run was on {saved.mesh}, now it is on {config.mesh}: equal up to rounding, not bit for bit")
     if decay_end(saved) != decay_end(config):
         raise UserError(
             f"cannot resume with train.max_steps={config.train.max_steps}: it would move the end of the learning-rate "

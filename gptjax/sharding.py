@@ -29,7 +29,7 @@ TABLE = {
 
 
 def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
-    """A mesh of all devices with axes (data, fsdp, tensor) that splits `batch_size` windows evenly.
+    """A mesh with axes (data, fsdp, tensor) that splits `batch_size` windows evenly, of all devices if one axis is -1.
 
     Raises:
         UserError: the axes do not multiply to the number of devices, or the batch does not split.
@@ -37,16 +37,24 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
     n_devices, sizes = jax.device_count(), {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if n_devices % fixed or (fixed != n_devices and -1 not in sizes.values()):
-        raise UserError(f"{asked} does not fit {n_devices} devices; with one axis -1 the others must divide that")
+    if fixed > n_devices or (-1 in sizes.values() and n_devices % fixed):
+        raise UserError(
+            f"{asked} does not fit {n_devices} devices: the product of the axes can be no more, and with one of them -1 "
+            "it must divide that number (on a CPU --cpu_devices sets it)"
+        )
     sizes = {name: n_devices // fixed if size == -1 else size for name, size in sizes.items()}
     asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     if batch_size % (sizes["data"] * sizes["fsdp"]):
         raise UserError(
             f"train.batch_size / train.accumulate = {batch_size} windows do not split over {asked}; "
-            f"choose a multiple of {sizes['data'] * sizes['fsdp']}"
+            f"choose a multiple of {sizes['data'] * sizes['fsdp']}, or fewer devices with --mesh.data"
         )
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (jax.sharding.AxisType.Auto,) * 3)
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        (jax.sharding.AxisType.Auto,) * 3,
+        devices=jax.devices()[: math.prod(sizes.values())],
+    )
 
 
 def require_divisible(model: ModelConfig, mesh: Mesh) -> None:

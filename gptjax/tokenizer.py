@@ -85,9 +85,13 @@ class Tokenizer:
             raise UserError(f"tokenizer {str(path)!r} does not exist: pass 'char', 'bpe', 'gpt2' or a tokenizer.json")
         return cls(_read(tokenizers.Tokenizer.from_file, path))
 
+    def to_json(self) -> str:
+        """The text of a tokenizer.json, which the `tokenizers` library reads as it is."""
+        return self._library.to_str(pretty=True)
+
     def save(self, path: Path) -> None:
-        """Write a tokenizer.json, which the `tokenizers` library reads as it is."""
-        path.write_text(self._library.to_str(pretty=True), encoding="utf-8")
+        """Write a tokenizer.json."""
+        path.write_text(self.to_json(), encoding="utf-8")
 
     def encode(self, text: str, *, special: bool = False) -> Int32[np.ndarray, " T"]:
         """The ids of a text; only with `special` is the text "<|endoftext|>" the one token of that name.

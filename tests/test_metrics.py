@@ -72,7 +72,9 @@ def test_stopping_between_rows_writes_what_was_seen(tmp_path):
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path, loss):
     with Metrics(tmp_path, CONFIG, 0, 0.0, flops=1.0, peak=1.0) as metrics:
         metrics.add(1, values(loss))
-        with pytest.raises(UserError, match=r"train_loss=(nan|inf) at step 1: .*optimizer.learning_rate=0.001"):
+        with pytest.raises(
+            UserError, match=r"train_loss=(nan|inf) and grad_norm=1.0 at step 1: .*optimizer.learning_rate=0.001"
+        ):
             metrics.add(2, values(1.0))
 
 

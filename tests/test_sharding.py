@@ -199,8 +199,8 @@ def test_the_batch_is_split_over_data_and_fsdp():
 @pytest.mark.parametrize(
     ("mesh_config", "batch_size", "words"),
     [
-        (MeshConfig(data=3), 12, ["mesh.data=3", "does not fit 8 devices", "-1"]),
-        (MeshConfig(data=2, fsdp=2, tensor=1), 12, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=1", "8 devices"]),
+        (MeshConfig(data=9), 18, ["mesh.data=9", "does not fit 8 devices", "-1"]),
+        (MeshConfig(data=8, fsdp=2, tensor=1), 16, ["mesh.data=8", "mesh.fsdp=2", "mesh.tensor=1", "8 devices"]),
         (MeshConfig(data=-1, fsdp=3), 12, ["mesh.fsdp=3", "does not fit 8 devices"]),
         (MeshConfig(data=-1, fsdp=16), 16, ["mesh.fsdp=16", "does not fit 8 devices"]),
         (MeshConfig(), 12, ["train.batch_size", "12", "mesh.data=8", "multiple of 8"]),
