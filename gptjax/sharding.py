@@ -39,8 +39,8 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if fixed > n_devices or (-1 in sizes.values() and n_devices % fixed):
         raise UserError(
-            f"{asked} does not fit {n_devices} devices: the product of the axes can be no more, and with one of them -1 "
-            "it must divide that number (on a CPU --cpu_devices sets it)"
+            f"{asked} does not fit {n_devices} devices: the product of the axes can be no more, and with one of them "
+            "-1 it must divide that number (on a CPU --cpu_devices sets it)"
         )
     sizes = {name: n_devices // fixed if size == -1 else size for name, size in sizes.items()}
     asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
