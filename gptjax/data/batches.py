@@ -29,21 +29,19 @@ def starts(
     seed: int,
     step: int,
     order: Literal["random", "epoch"] = "random",
-    stream: int = 0,
 ) -> Int64[np.ndarray, " B"]:
     """Where the windows of batch `step` start.
 
     'random': uniform over every start, with replacement, as in nanoGPT. 'epoch': the n windows that start at multiples
     of `block_size`, each once in every n draws, in an order of that epoch's own; a batch may span two epochs.
-    Another `stream` of the same seed (an evaluation, say) shares no random number with this one.
     """
     if order == "random":
-        raw_B = _random_bits(seed, step, stream, _WINDOW, batch_size)
+        raw_B = _random_bits(seed, step, _WINDOW, batch_size)
         return (raw_B % np.uint64(n_tokens - block_size)).astype(np.int64)  # bias below n_tokens / 2**64
     n_windows = (n_tokens - 1) // block_size
     epoch_B, place_B = np.divmod(step * batch_size + np.arange(batch_size), n_windows)
     pairs = zip(epoch_B.tolist(), place_B.tolist(), strict=True)
-    windows_B = [_shuffled(n_windows, seed, epoch, stream)[place] for epoch, place in pairs]
+    windows_B = [_shuffled(n_windows, seed, epoch)[place] for epoch, place in pairs]
     return np.array(windows_B, np.int64) * block_size
 
 
@@ -86,14 +84,14 @@ def prefetch(function: Callable[[int], Result], steps: Iterable[int], depth: int
         executor.shutdown(cancel_futures=True)
 
 
-def _random_bits(seed: int, position: int, stream: int, use: int, n: int) -> UInt64[np.ndarray, " n"]:
+def _random_bits(seed: int, position: int, use: int, n: int) -> UInt64[np.ndarray, " n"]:
     """Raw Philox output, which NumPy keeps the same in every version, as it does not for `Generator` (NEP 19).
 
-    The counter's lowest word counts the draws, so no two positions, streams or uses overlap.
+    The counter's lowest word counts the draws, so no two positions or uses overlap.
     """
-    return np.random.Philox(key=seed, counter=[0, position, stream, use]).random_raw(n)
+    return np.random.Philox(key=seed, counter=[0, position, 0, use]).random_raw(n)
 
 
 @functools.lru_cache(maxsize=4)
-def _shuffled(n: int, seed: int, epoch: int, stream: int) -> Int64[np.ndarray, " n"]:
-    return np.argsort(_random_bits(seed, epoch, stream, _SHUFFLE, n), kind="stable")
+def _shuffled(n: int, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
+    return np.argsort(_random_bits(seed, epoch, _SHUFFLE, n), kind="stable")
