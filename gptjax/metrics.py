@@ -105,6 +105,7 @@ class Metrics:
         begin = time.perf_counter()
         self._display.note(doing)
         yield
+        self._display.note("")
         self._paused += time.perf_counter() - begin
 
     def print(self, text: str) -> None:
@@ -147,9 +148,10 @@ class _Display:
         self._max_steps, self._start, self._began, self._printed = max_steps, start, time.perf_counter(), 0.0
         self._console = Console()
         self._bar: Progress | None = None
+        self._text = "compiling"
         if self._console.is_terminal:
             self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console, transient=True)
-            self._task = self._bar.add_task("compiling", total=max_steps, completed=start)
+            self._task = self._bar.add_task(self._text, total=max_steps, completed=start)
             self._bar.start()
 
     def show(self, step: int, values: dict[str, Any], mfu: float) -> None:
@@ -162,6 +164,7 @@ class _Display:
             elapsed = time.perf_counter() - self._began
             left = timedelta(seconds=round(elapsed / max(step - self._start, 1) * (self._max_steps - step)))
             text += f"  ETA {left}" if step < self._max_steps else ""
+        self._text = text
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
         elif values["val_loss"] is None and time.perf_counter() - self._printed >= SECONDS_BETWEEN_LINES:
@@ -169,7 +172,7 @@ class _Display:
 
     def note(self, doing: str) -> None:
         if self._bar:
-            self._bar.update(self._task, description=doing)
+            self._bar.update(self._task, description=self._text + (f"  ({doing})" if doing else ""))
 
     def print(self, text: str) -> None:
         self._printed = time.perf_counter()
