@@ -2,7 +2,8 @@
 
     python train.py --config configs/gpt2_124m.py
 
-Wants a machine with several accelerators (nanoGPT: 4 days on 8 A100s to 2.85). data/openwebtext holds the train.bin
+Wants a machine with several accelerators (nanoGPT's README: 4 days on 8 A100s to 2.85); not run here.
+data/openwebtext holds the train.bin
 and val.bin that nanoGPT's data/openwebtext/prepare.py writes, or llm.c's shards. On a smaller machine raise
 --train.accumulate: the batch, and so the result, stays the same.
 """

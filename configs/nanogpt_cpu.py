@@ -3,7 +3,7 @@
     python train.py --config configs/nanogpt_cpu.py
 
 Two CPU cores: 52 s to a loss of 1.904 on the whole validation split. Seeds 1, 2, 4 and 1337 end at 1.905, 1.914, 1.924
-and 1.910; nanoGPT itself with seeds 1337, 1 and 2 at 1.898, 1.891 and 1.908, in 98 s. The corpus is
+and 1.910; nanoGPT itself with seeds 1337, 1 and 2 at 1.898, 1.891 and 1.908. The corpus is
 downloaded; without a network pass --data.source FILE.
 """
 

@@ -2,7 +2,7 @@
 
     python train.py --config configs/shakespeare_10m.py
 
-Meant for one GPU or TPU (nanoGPT: 3 minutes and 1.4697 on an A100); on two CPU cores a step takes many seconds.
+Meant for one GPU or TPU (nanoGPT's README: 3 minutes and 1.4697 on an A100); not run here.
 The corpus is downloaded; without a network pass --data.source FILE.
 """
 

@@ -78,7 +78,7 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
         metrics = Metrics(run_dir, config, int(state.step), progress.seconds, flops_per_token, peak)
         with metrics:
             step = _loop(run, state, progress, metrics, stop)
-    if stop.signum:
+    if stop.signum and step < config.train.max_steps:
         print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run_dir}")
         return 128 + stop.signum
     _report(run, flops_per_token / peak)
@@ -88,7 +88,7 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
 def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, stop: "StopSignal") -> int:
     """From `state` to the last step, or the one after which the run is told or decides to stop; that step."""
     options, step = run.config.train, int(state.step)
-    finished = step >= options.max_steps
+    finished = False
     if step == 0:
         _evaluate(run, state, progress, metrics)
     with closing(batches.prefetch(_batch_maker(run), range(step, options.max_steps))) as stream:

@@ -40,7 +40,7 @@ class Metrics:
         self._last: dict[str, float] = {}
         self._began, self._row_began = time.perf_counter() - seconds, time.perf_counter()
         self._row_step, self._paused = start, 0.0
-        self._csv = _open_csv(run_dir / "metrics.csv", start)
+        self._csv = _CsvFile(run_dir / "metrics.csv", start)
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
         self._display = _Display(config.train.max_steps, start)
 
@@ -121,7 +121,7 @@ class Metrics:
         self._tensorboard.close()
 
 
-class _open_csv:
+class _CsvFile:
     """Rows appended to metrics.csv; those behind `start`, the step that a run resumes from, are dropped."""
 
     def __init__(self, path: Path, start: int) -> None:

@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import init_state
 
-# Fields that may change when a run is resumed: none of them changes what a step computes. The source of the data
+# Fields that may change when a run is resumed: none of them changes what a step computes, but for rounding. The data
 # may move; the fingerprint in the checkpoint tells whether the tokens are still the same.
 FREE_ON_RESUME = {
     "train.max_steps",
