@@ -43,10 +43,10 @@ def main(folder: Path) -> None:
             total += float(nats(context, lengths[batch], target).sum())
         return total / PLACES
 
-    prompt, n_new, rates = tokenizer.prompt()[None], 8 * block, {"exact": [], "refill": []}
+    prompts, n_new, rates = [tokenizer.prompt()], 8 * block, {"exact": [], "refill": []}
     for context in ["exact", "refill"] * (ROUNDS + 1):
         start = time.perf_counter()
-        list(generate(model, params, prompt, n_new, Sampling(context=context), seed=0))
+        list(generate(model, params, prompts, n_new, Sampling(context=context), seeds=[0]))
         rates[context].append(n_new / (time.perf_counter() - start))
     result = {
         "name": f"context {folder.name}",

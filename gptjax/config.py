@@ -22,6 +22,11 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def argument(help: str, many: bool = False) -> Any:
+    """A field that the command line gives by its place, without a name; the empty default never shows."""
+    return field(default=() if many else "", metadata={"help": help, "positional": True})
+
+
 class Section:
     """Checks every field's type where a section is built: by a file, by the command line or from JSON alike."""
 
@@ -62,6 +67,9 @@ class DataConfig(Section):
         self.require(0 < self.val_fraction < 1, "val_fraction", "is not between 0 and 1")
 
 
+LINEAR_LAYERS = ("query", "key", "value", "out", "up", "gate", "down")
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section):
     vocab_size: int = option(0, "distinct tokens; 0: as many as the tokenizer has")
@@ -69,23 +77,60 @@ class ModelConfig(Section):
     n_layer: int = option(6, "transformer blocks")
     n_head: int = option(6, "attention heads; n_embd is split evenly over them")
     n_embd: int = option(384, "width of the residual stream")
+    n_kv_head: int = option(0, "key and value heads, each shared by a group of attention heads; 0: n_head")
+    mlp_width: int = option(0, "features inside an MLP; 0: 4 n_embd")
+    activation: Literal["gelu_tanh", "gelu_erf", "swiglu"] = option(
+        "gelu_tanh", "of the MLP: GELU in GPT-2's tanh form or nanoGPT's exact one, or SwiGLU as in Llama"
+    )
+    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "LayerNorm as in GPT-2, or RMSNorm as in Llama")
+    norm_eps: float = option(1e-5, "added to the variance, or to the mean square")
+    position: Literal["learned", "rope"] = option("learned", "learned embeddings, or rotary ones as in Llama")
+    rope_theta: float = option(10_000.0, "rope: the base of its wavelengths")
+    rope_factor: float = option(1.0, "rope: how far Llama 3's scaling stretches long wavelengths; 1: not at all")
+    rope_original_block_size: int = option(8192, "rope: the context length before that stretching")
     bias: bool = option(False, "biases in linear layers and LayerNorms, as GPT-2 has them")
+    qkv_bias: bool = option(False, "biases in queries, keys and values alone, as Qwen2.5 has them")
+    tied_head: bool = option(True, "the output head is the token embedding; false: a matrix of its own")
+    lora_rank: int = option(0, "train low-rank updates of linear layers and freeze all else; 0: train everything")
+    lora_alpha: float = option(16.0, "LoRA: updates are scaled by lora_alpha / lora_rank")
+    lora_layers: str = option(",".join(LINEAR_LAYERS), "LoRA: the linear layers that have updates")
     dropout: float = option(0.0, "dropout on the embedding, the attention weights and both residual branches")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "of activations; auto: bfloat16 on TPU and GPU, float32 on CPU"
     )
 
     def validate(self) -> None:
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "norm_eps", "rope_theta", "lora_alpha"):
             self.require(getattr(self, name) > 0, name, "is not positive")
-        self.require(self.vocab_size >= 0, "vocab_size", "is negative")
+        for name in ("vocab_size", "n_kv_head", "mlp_width", "lora_rank"):
+            self.require(getattr(self, name) >= 0, name, "is negative")
         fit = self.n_embd // self.n_head * self.n_head or self.n_head
         self.require(
             self.n_embd % self.n_head == 0,
             "n_embd",
             f"is not divisible by model.n_head={self.n_head}; {fit} or {fit + self.n_head} would be",
         )
+        shared = f"does not divide model.n_head={self.n_head}"
+        self.require(self.n_head % self.kv_heads == 0, "n_kv_head", shared)
+        odd = f"with {self.n_head} heads is {self.head_width} a head: rotary positions need an even width"
+        self.require(self.position == "learned" or self.head_width % 2 == 0, "n_embd", odd)
+        self.require(self.rope_factor >= 1, "rope_factor", "is less than 1")
+        self.require(self.rope_original_block_size > 0, "rope_original_block_size", "is not positive")
+        layers = f"is not a list of linear layers: of {', '.join(LINEAR_LAYERS)}, separated by commas"
+        self.require(set(self.lora_layers.split(",")) <= set(LINEAR_LAYERS), "lora_layers", layers)
         self.require(0 <= self.dropout < 1, "dropout", "is not in [0, 1)")
+
+    @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def mlp_features(self) -> int:
+        return self.mlp_width or 4 * self.n_embd
 
     @property
     def padded_vocab_size(self) -> int:
@@ -154,6 +199,11 @@ class MeshConfig(Section):
 class Config(Section):
     """One training run."""
 
+    init_from: str | None = option(
+        None,
+        "weights to start from: a Hugging Face folder, the name of a model on its hub, a run's folder or nanoGPT's "
+        "ckpt.pt; model fields then come from there, but for block_size (which may be less), dropout, dtype and lora_*",
+    )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -172,7 +222,7 @@ class Config(Section):
         """
         try:
             sections = json.loads(path.read_text())
-            return Config(**{name: SECTIONS[name](**values) for name, values in sections.items()})
+            return Config(**{k: SECTIONS[k](**values) if k in SECTIONS else values for k, values in sections.items()})
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; a run directory holds a config.json") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -230,7 +280,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def add_fields(self, defaults: Any, prefix: str = "") -> None:
-        """Add `--prefix.field` for every field of a dataclass, nested sections as groups of their own."""
+        """Add `--prefix.field` for every field of a dataclass, nested sections as groups of their own.
+
+        A field that is a tuple takes one value or more.
+        """
         group = self.add_argument_group(prefix or "options")
         hints = typing.get_type_hints(type(defaults))
         for spec in dataclasses.fields(defaults):
@@ -239,9 +292,15 @@ class Parser(argparse.ArgumentParser):
             if dataclasses.is_dataclass(default):
                 self.add_fields(default, name)
                 continue
-            text = f"{spec.metadata['help']} (default: {'none' if default is None else default})".replace("%", "%%")
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            text = f"{spec.metadata['help']} (default: {'none' if shown in (None, '') else shown})".replace("%", "%%")
             metavar = _describe(hint).removeprefix("a ").removeprefix("an ")
+            if spec.metadata.get("positional"):
+                number: dict[str, Any] = {"nargs": "+"} if typing.get_origin(hint) is tuple else {}
+                self.add_argument(name, metavar=name.upper(), type=_reader(hint), help=spec.metadata["help"], **number)
+                continue
             flag: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
+            flag = {"nargs": "+"} if typing.get_origin(hint) is tuple else flag
             group.add_argument(
                 f"--{name}", dest=name, metavar=metavar, type=_reader(hint), default=default, help=text, **flag
             )
@@ -264,7 +323,8 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
-        super().add_usage("%(prog)s [options]", actions, groups, prefix)
+        places = "".join(f" {action.metavar}" for action in actions if not action.option_strings)
+        super().add_usage(f"%(prog)s [options]{places}", actions, groups, prefix)
 
 
 def _normalize(argument: str) -> str:
@@ -283,14 +343,18 @@ def _build(defaults: Any, values: dict[str, Any], prefix: str) -> Any:
     changes = {
         spec.name: _build(default, values, f"{prefix}{spec.name}.")
         if dataclasses.is_dataclass(default := getattr(defaults, spec.name))
-        else values[prefix + spec.name]
+        else tuple(value)
+        if isinstance(value := values[prefix + spec.name], list)
+        else value
         for spec in dataclasses.fields(defaults)
     }
     return dataclasses.replace(defaults, **changes)
 
 
 def _reader(hint: Any) -> Any:
-    """The function that reads a value of type `hint` from the command line."""
+    """The function that reads a value of type `hint` from the command line, or one of a tuple's values."""
+    if typing.get_origin(hint) is tuple:
+        return _reader(typing.get_args(hint)[0])
 
     def read(text: str) -> Any:
         options = typing.get_args(hint)
@@ -314,6 +378,8 @@ def _reader(hint: Any) -> Any:
 def _is_a(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_a(each, typing.get_args(hint)[0]) for each in value)
     if isinstance(hint, types.UnionType):
         return any(_is_a(value, option) for option in typing.get_args(hint))
     if hint in (int, float) and isinstance(value, bool):
@@ -322,6 +388,8 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return _describe(typing.get_args(hint)[0])
     names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "none"}
     if typing.get_origin(hint) is Literal:
         return " or ".join(typing.get_args(hint))

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import sys
 
 import jax
 
@@ -29,3 +30,12 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TOP_PAD, 64 << 20)
         _ = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)  # older ones allow no more
+
+
+def peak_host_memory() -> int:
+    """The most memory this process has held, in bytes: its largest resident set (0 on Windows, which has none)."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

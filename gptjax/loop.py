@@ -21,6 +21,7 @@ from gptjax.data.prepare import Dataset, load_dataset
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, generate
 from gptjax.metrics import Metrics
+from gptjax.origin import Origin, open_origin
 from gptjax.run import load_run, require_resumable, write_atomically
 from gptjax.sharding import batch_sharding, make_mesh
 from gptjax.training import Steps, TrainState, compile_steps
@@ -55,20 +56,26 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
         UserError: the config does not fit the data, the devices or the run that is to be resumed; the loss diverged;
             a checkpoint cannot be read or written.
     """
+    saved = Config.from_json(run_dir / "config.json") if resume else None
+    origin = open_origin(config.init_from) if config.init_from and not saved else None
+    if origin:
+        config = origin.adapt(config)
+    elif config.init_from and saved:
+        config = Origin.of_run(saved).adapt(config)
     dataset = load_dataset(config.data)
     config = resolve(config, dataset)
     mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate)
     config = replace(config, mesh=MeshConfig(**mesh.shape))  # what a resumed run needs to be the same bit for bit
     with ExitStack() as stack:
-        if resume:
-            require_resumable(Config.from_json(run_dir / "config.json"), config)
+        if saved:
+            require_resumable(saved, config)
         run_dir.mkdir(parents=True, exist_ok=True)
         latest, best = [
             stack.enter_context(closing(Checkpoints(run_dir / "checkpoints" / name))) for name in ("latest", "best")
         ]
         run = Run(config, run_dir, dataset, mesh, compile_steps(config, mesh), latest, best)
         stop = stack.enter_context(StopSignal())
-        state, progress = _resume(run) if resume else (run.steps.init(), Progress(dataset.fingerprint()))
+        state, progress = _resume(run) if resume else (_start(run, origin), Progress(dataset.fingerprint()))
         if int(state.step) >= config.train.max_steps:
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
             return 0
@@ -186,6 +193,13 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     return replace(config, model=replace(config.model, vocab_size=vocab_size or n_tokens, dtype=dtype))
 
 
+def _start(run: Run, origin: Origin | None) -> TrainState:
+    if origin is None:
+        return run.steps.init()
+    origin.copy_side_files(run.folder)
+    return run.steps.start(origin.load(run.config.model, run.steps.state.params, run.config.train.seed))
+
+
 def _resume(run: Run) -> tuple[TrainState, Progress]:
     wanted = run.steps.state
     trees, meta = run.latest.restore(params=wanted.params, opt_state=wanted.opt_state)
@@ -205,9 +219,11 @@ def _introduce(run: Run, step: int) -> tuple[float, float]:
     """Print what is about to run; FLOPs per token, and the devices' peak FLOP/s (nan where it is not known)."""
     model, devices, params = run.config.model, run.mesh.devices.flatten().tolist(), run.steps.state.params
     n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    n_matmul = params["token_embedding"].size + sum(
+    n_matmul = params["head" if "head" in params else "token_embedding"].size + sum(
         leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"]) if path[-1].key == "kernel"
     )
+    lora = [leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "lora_" in path[-1].key]
+    trained = f" ({sum(lora):,} of them trained)" if lora else ""
     flops_per_token = flops.train_flops_per_token(
         n_matmul_params=n_matmul, n_layer=model.n_layer, n_embd=model.n_embd, block_size=model.block_size
     )
@@ -217,7 +233,9 @@ def _introduce(run: Run, step: int) -> tuple[float, float]:
         peak = flops.measured_matmul_peak(devices, model.dtype)
     per_step = flops_per_token * run.config.train.batch_size * model.block_size
     print(f"run:     {run.folder}" + (f", resumed at step {step:,}" if step else ""))
-    print(f"model:   {n_params:,} parameters, {per_step / 1e12:.3g} TFLOP a step, activations in {model.dtype}")
+    print(
+        f"model:   {n_params:,} parameters{trained}, {per_step / 1e12:.3g} TFLOP a step, activations in {model.dtype}"
+    )
     print(
         f"data:    {run.dataset.folder}: {len(run.dataset.train):,} tokens to train on, {len(run.dataset.val):,} to "
         f"validate on, vocabulary {run.dataset.tokenizer.vocab_size:,}"
@@ -231,8 +249,8 @@ def _introduce(run: Run, step: int) -> tuple[float, float]:
 def _report(run: Run, mfu_per_token_rate: float) -> None:
     """Print report.md and write it: figures, and a sample of the best parameters' text."""
     config, params, tokenizer = load_run(run.folder, "best")
-    prompt = tokenizer.prompt()[None]
-    tokens = np.hstack(list(generate(config.model, params, prompt, 400, Sampling(temperature=0.8), seed=0)))[0]
+    chunks = generate(config.model, params, [tokenizer.prompt()], 400, Sampling(temperature=0.8), seeds=[0])
+    tokens = np.hstack([chunk.tokens_BC for chunk in chunks])[0]
     some = run.dataset.val.window(0, 100_000)
     metrics = report.read_metrics(run.folder / "metrics.csv")
     mfu = float(np.nanmedian(metrics["tokens_per_second"])) * mfu_per_token_rate

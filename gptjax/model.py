@@ -1,16 +1,19 @@
-"""GPT-2's decoder in Flax linen: pure math, nothing about devices but the names of the axes that are split.
+"""The decoder in Flax linen: GPT-2, Llama and Qwen2.5 as fields of one config, and pure math.
 
-Every local array carries its shape in its name:
-    B batch    T query length    S key length    D model width    L layers
-    N heads    H head width      F MLP width     V vocabulary (padded)
+Nothing here knows of devices, but for the names of the axes that are split. Every local array carries its shape in
+its name:
+    B batch (b: B, or 1 where rows are alike)    T query length    S key length    D model width    L layers
+    N heads    K key/value heads    H head width    F MLP width    R rank of LoRA    V vocabulary (padded)
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gptjax.attention import causal_attention
@@ -18,10 +21,16 @@ from gptjax.config import ModelConfig
 from gptjax.sharding import constrain_batch
 
 INIT_STD = 0.02  # GPT-2's code; section 2.3 of its paper adds 1/sqrt(number of residual branches)
+ROPE_LOW, ROPE_HIGH = 1.0, 4.0  # Llama 3: wavelengths in the original context below which, above which scaling changes
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "gelu_erf": lambda x: nn.gelu(x, approximate=False),  # at most 5e-4 away from the tanh form
+    "swiglu": nn.silu,  # of the gate, which then multiplies what "up" gives
+}
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the positions read so far: [L, B, S, N, H], and without L inside a layer.
+    """Keys and values of the positions read so far: [L, B, S, K, H], and without L inside a layer.
 
     What lies beyond those positions is unspecified: the causal mask hides it until it is overwritten.
     """
@@ -30,22 +39,64 @@ class KVCache(NamedTuple):
     values: jax.Array
 
 
+class Linear(nn.Module):
+    """x @ kernel + bias from the last `n_in` axes of x to `features`; with LoRA also x @ lora_a @ lora_b, scaled.
+
+    Layers that write to the residual stream start smaller by sqrt(2 L), the number of them. lora_b starts at zero, so
+    that training begins at the weights it has. Source: "LoRA", section 4.1.
+    """
+
+    config: ModelConfig
+    features: tuple[int, ...]
+    n_in: int = 1
+    use_bias: bool = False
+    residual: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        in_shape, n_out = x.shape[-self.n_in :], math.prod(self.features)
+        n_in = math.prod(in_shape)
+        std = INIT_STD * (2 * config.n_layer) ** -0.5 if self.residual else INIT_STD
+        kernel = self.param("kernel", nn.initializers.normal(std), (*in_shape, *self.features))
+        # As one product of two matrices: with [B, T, D] as it is, XLA on CPUs transposes the gradient of [B, T, F],
+        # which took a quarter of a step.
+        rows = x.reshape(-1, n_in).astype(dtype)
+        y = rows @ kernel.astype(dtype).reshape(n_in, n_out)
+        if config.lora_rank and self.name in config.lora_layers.split(","):
+            rank = config.lora_rank
+            a = self.param("lora_a", nn.initializers.normal(n_in**-0.5), (n_in, rank)).astype(dtype)
+            b = self.param("lora_b", nn.initializers.zeros, (rank, *self.features)).astype(dtype)
+            y += (rows @ a) @ b.reshape(rank, n_out) * (config.lora_alpha / rank)
+        y = y.reshape(*x.shape[: x.ndim - self.n_in], *self.features)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, self.features).astype(dtype)
+        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
 class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, cache: KVCache | None, offset: Any) -> tuple[jax.Array, KVCache | None]:
-        heads = (self.config.n_head, self.config.n_embd // self.config.n_head)
-        q_BTNH = _linear(self.config, heads, name="query")(x_BTD)
-        k_BSNH = _linear(self.config, heads, name="key")(x_BTD)
-        v_BSNH = _linear(self.config, heads, name="value")(x_BTD)
+    def __call__(
+        self, x_BTD: jax.Array, cache: KVCache | None, position_bT: jax.Array
+    ) -> tuple[jax.Array, KVCache | None]:
+        config = self.config
+        bias = config.bias or config.qkv_bias
+        q_BTNH = Linear(config, (config.n_head, config.head_width), use_bias=bias, name="query")(x_BTD)
+        k_BSKH = Linear(config, (config.kv_heads, config.head_width), use_bias=bias, name="key")(x_BTD)
+        v_BSKH = Linear(config, (config.kv_heads, config.head_width), use_bias=bias, name="value")(x_BTD)
+        if config.position == "rope":
+            angle_bTH = rope_angles(config, position_bT)
+            q_BTNH, k_BSKH = rotate(q_BTNH, angle_bTH), rotate(k_BSKH, angle_bTH)
         if cache is not None:
-            k_BSNH = jax.lax.dynamic_update_slice(cache.keys, k_BSNH, (0, offset, 0, 0))
-            v_BSNH = jax.lax.dynamic_update_slice(cache.values, v_BSNH, (0, offset, 0, 0))
-            cache = KVCache(k_BSNH, v_BSNH)
-        y_BTNH = causal_attention(q_BTNH, k_BSNH, v_BSNH, offset, _Dropout(self.config.dropout))
-        y_BTD = _linear(self.config, self.config.n_embd, axis=(-2, -1), residual=True, name="out")(y_BTNH)
-        return _Dropout(self.config.dropout)(y_BTD), cache
+            k_BSKH = _write(cache.keys, k_BSKH, position_bT[:, 0])
+            v_BSKH = _write(cache.values, v_BSKH, position_bT[:, 0])
+            cache = KVCache(k_BSKH, v_BSKH)
+        y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, position_bT, _Dropout(config.dropout))
+        out = Linear(config, (config.n_embd,), n_in=2, use_bias=config.bias, residual=True, name="out")
+        return _Dropout(config.dropout)(out(y_BTNH)), cache
 
 
 class MLP(nn.Module):
@@ -53,19 +104,26 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = _linear(self.config, 4 * self.config.n_embd, name="up")(x_BTD)
-        h_BTF = nn.gelu(h_BTF, approximate=True)  # GPT-2's tanh form; nanoGPT has erf, 3e-4 away at most
-        y_BTD = _linear(self.config, self.config.n_embd, residual=True, name="down")(h_BTF)
-        return _Dropout(self.config.dropout)(y_BTD)
+        config, activation = self.config, ACTIVATIONS[self.config.activation]
+        h_BTF = Linear(config, (config.mlp_features,), use_bias=config.bias, name="up")(x_BTD)
+        if config.activation == "swiglu":
+            gate_BTF = Linear(config, (config.mlp_features,), use_bias=config.bias, name="gate")(x_BTD)
+            h_BTF = activation(gate_BTF) * h_BTF
+        else:
+            h_BTF = activation(h_BTF)
+        down = Linear(config, (config.n_embd,), use_bias=config.bias, residual=True, name="down")
+        return _Dropout(config.dropout)(down(h_BTF))
 
 
 class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, cache: KVCache | None, offset: Any) -> tuple[jax.Array, KVCache | None]:
+    def __call__(
+        self, x_BTD: jax.Array, cache: KVCache | None, position_bT: jax.Array
+    ) -> tuple[jax.Array, KVCache | None]:
         y_BTD, cache = Attention(self.config, name="attention")(
-            _norm(self.config, name="attention_norm")(x_BTD), cache, offset
+            _norm(self.config, name="attention_norm")(x_BTD), cache, position_bT
         )
         x_BTD = x_BTD + y_BTD
         x_BTD = x_BTD + MLP(self.config, name="mlp")(_norm(self.config, name="mlp_norm")(x_BTD))
@@ -73,11 +131,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: token and learned position embeddings, pre-norm blocks, a head tied to the token embedding.
+    """Token embeddings, pre-norm blocks, a norm and a head, in the variants that `ModelConfig` has.
 
-    Parameters are float32; activations have `config.dtype`; softmax, norm statistics and logits are float32.
-    Dropout is on exactly where `apply` is given a "dropout" rng. Layers run unrolled, but their parameters are
-    stacked along a leading layer axis, so that the tree is the same however they run.
+    Parameters are float32 where they are trained; activations have `config.dtype`; softmax, norm statistics and
+    logits are float32. Dropout is on exactly where `apply` is given a "dropout" rng. Layers run unrolled, but their
+    parameters are stacked along a leading layer axis, so that the tree is the same however they run.
     """
 
     config: ModelConfig
@@ -85,7 +143,8 @@ class GPT(nn.Module):
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(INIT_STD)
         self.token_embedding = self.param("token_embedding", init, (config.padded_vocab_size, config.n_embd))
-        self.position_embedding = self.param("position_embedding", init, (config.block_size, config.n_embd))
+        if config.position == "learned":
+            self.position_embedding = self.param("position_embedding", init, (config.block_size, config.n_embd))
         self.embedding_dropout = _Dropout(config.dropout)
         self.layers = nn.scan(
             Block,
@@ -96,28 +155,35 @@ class GPT(nn.Module):
             unroll=config.n_layer,
         )(config)
         self.final_norm = _norm(config)
+        if not config.tied_head:
+            self.head = self.param("head", init, (config.padded_vocab_size, config.n_embd))
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the token that follows each place; those of padded ids are -inf."""
         return self.logits(self.hidden(tokens_BT)[0])
 
     def hidden(
-        self, tokens_BT: Int[Array, "B T"], cache: KVCache | None = None, offset: int | Int[Array, ""] = 0
+        self, tokens_BT: Int[Array, "B T"], cache: KVCache | None = None, offset_B: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """The normalized residual stream after the last block, with tokens_BT at positions offset, offset + 1, ...
+        """The normalized residual stream after the last block; a row's tokens stand from its offset on, or from 0.
 
-        A cache holds the keys and values of positions before `offset`; the new one holds these tokens' too.
+        A cache holds the keys and values of positions before the offsets; the new one holds these tokens' too.
         """
-        dtype, length_T = self.config.dtype, tokens_BT.shape[1]
-        position_TD = jax.lax.dynamic_slice_in_dim(self.position_embedding, offset, length_T)
-        x_BTD = jnp.take(self.token_embedding, tokens_BT, axis=0) + position_TD[None]
-        x_BTD = constrain_batch(self.embedding_dropout(x_BTD.astype(dtype)))
-        x_BTD, cache = self.layers(x_BTD, cache, offset)
+        position_bT = jnp.arange(tokens_BT.shape[1])[None]
+        if offset_B is not None:
+            position_bT = position_bT + offset_B[:, None]
+        x_BTD = jnp.take(self.token_embedding, tokens_BT, axis=0)
+        if self.config.position == "learned" and offset_B is None:
+            x_BTD = x_BTD + self.position_embedding[None, : tokens_BT.shape[1]]
+        elif self.config.position == "learned":
+            x_BTD = x_BTD + jnp.take(self.position_embedding, position_bT, axis=0, mode="clip")
+        x_BTD = constrain_batch(self.embedding_dropout(x_BTD.astype(self.config.dtype)))
+        x_BTD, cache = self.layers(x_BTD, cache, position_bT)
         return self.final_norm(x_BTD), cache
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits over the padded vocabulary: -inf at padded ids, which so are neither sampled nor scored."""
-        head_VD = self.token_embedding.astype(self.config.dtype)
+        head_VD = (self.token_embedding if self.config.tied_head else self.head).astype(self.config.dtype)
         logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits_BTV
@@ -127,44 +193,45 @@ class GPT(nn.Module):
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> KVCache:
     """An empty cache for `batch_size` sequences of up to `length` tokens, in the activations' dtype."""
-    shape = (config.n_layer, batch_size, length, config.n_head, config.n_embd // config.n_head)
+    shape = (config.n_layer, batch_size, length, config.kv_heads, config.head_width)
     return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
-def _linear(
-    config: ModelConfig,
-    features: int | tuple[int, ...],
-    name: str,
-    axis: int | tuple[int, ...] = -1,
-    residual: bool = False,
-) -> nn.Module:
-    """A linear layer; those that write to the residual stream start smaller by sqrt(2 L), the number of them."""
-    std = INIT_STD * (2 * config.n_layer) ** -0.5 if residual else INIT_STD
-    return nn.DenseGeneral(
-        features,
-        axis,
-        use_bias=config.bias,
-        dtype=config.dtype,
-        kernel_init=nn.initializers.normal(std),
-        dot_general=_matmul,
-        name=name,
+def rope_angles(config: ModelConfig, position_bT: Int[Array, "b T"]) -> Float[Array, "b T H"]:
+    """By how many radians each pair of features turns at each position; H is half a head's width here.
+
+    Llama 3 turns the pairs slower whose wavelength is long beside the context it was first trained on: by 1 /
+    rope_factor, and in between by a blend. Sources: "RoFormer", section 3.2.2; Llama 3.1's reference code.
+    """
+    frequency_H = config.rope_theta ** -(np.arange(0, config.head_width, 2) / config.head_width)
+    turns_H = config.rope_original_block_size * frequency_H / (2 * np.pi)
+    kept_H = np.clip((turns_H - ROPE_LOW) / (ROPE_HIGH - ROPE_LOW), 0, 1)
+    frequency_H = frequency_H * (kept_H + (1 - kept_H) / config.rope_factor)
+    return position_bT[:, :, None].astype(jnp.float32) * jnp.asarray(frequency_H, jnp.float32)[None, None]
+
+
+def rotate(x_BTNH: Float[Array, "B T N H"], angle_bTH: Float[Array, "b T _"]) -> Float[Array, "B T N H"]:
+    """Turn each head's pairs of features (i, i + H / 2), the layout of Hugging Face's Llama, by their angles."""
+    cos_bT1H, sin_bT1H = jnp.cos(angle_bTH)[:, :, None], jnp.sin(angle_bTH)[:, :, None]
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos_bT1H - second * sin_bT1H, second * cos_bT1H + first * sin_bT1H]
+    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+
+
+def _write(cache_BSKH: jax.Array, new_BTKH: jax.Array, offset_b: jax.Array) -> jax.Array:
+    """The cache with each row's new keys or values written from that row's offset on."""
+    if len(offset_b) == 1:  # all rows at once: one copy, no scatter
+        return jax.lax.dynamic_update_slice(cache_BSKH, new_BTKH, (0, offset_b[0], 0, 0))
+    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0, 0)))(
+        cache_BSKH, new_BTKH, offset_b
     )
 
 
-def _matmul(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None) -> jax.Array:
-    """The last axes of x times the first of the kernel, as one product of two matrices.
-
-    With [B, T, D] as it is, XLA on CPUs transposes the gradient of [B, T, F], which took a quarter of a step.
-    """
-    n_contracted = len(dimension_numbers[0][0])
-    n_in = math.prod(kernel.shape[:n_contracted])
-    y = x.reshape(-1, n_in) @ kernel.reshape(n_in, -1)
-    return y.reshape(*x.shape[: x.ndim - n_contracted], *kernel.shape[n_contracted:])
-
-
 def _norm(config: ModelConfig, name: str | None = None) -> nn.Module:
-    """LayerNorm with GPT-2's epsilon (Flax's own default is 1e-6)."""
-    return nn.LayerNorm(epsilon=1e-5, use_bias=config.bias, dtype=config.dtype, name=name)
+    """LayerNorm or RMSNorm; Flax's own epsilon is 1e-6, GPT-2's 1e-5."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(epsilon=config.norm_eps, dtype=config.dtype, name=name)
+    return nn.LayerNorm(epsilon=config.norm_eps, use_bias=config.bias, dtype=config.dtype, name=name)
 
 
 class _Dropout(nn.Module):

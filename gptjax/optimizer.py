@@ -22,9 +22,10 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, max_steps: int, lora: bool = False) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW that decays matrices and embeddings but no bias and no LayerNorm.
 
+    With `lora` only LoRA's parameters change, and only they have moments.
     Source: "Decoupled Weight Decay Regularization", algorithm 2; which parameters decay is nanoGPT's choice.
     """
     adamw = optax.adamw(
@@ -34,7 +35,22 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTra
         weight_decay=config.weight_decay,
         mask=_is_matrix,
     )
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(), adamw)
+    clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
+    optimizer = optax.chain(clip, adamw)
+    if not lora:
+        return optimizer
+    labels = {True: "trained", False: "frozen"}
+    transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
+    return optax.partition(transforms, lambda params: jax.tree.map(labels.get, _is_lora(params)))
+
+
+def freeze(params: Any) -> Any:
+    """Parameters through which gradients reach LoRA's alone, so that the compiler leaves out all others."""
+    return jax.tree.map(lambda x, trained: x if trained else jax.lax.stop_gradient(x), params, _is_lora(params))
+
+
+def _is_lora(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: path[-1].key.startswith("lora_"), params)
 
 
 def _is_matrix(params: Any) -> Any:

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from gptjax.host import peak_host_memory
 
 Metrics = dict[str, Float[np.ndarray, " R"]]  # a column's name -> its R rows
 
@@ -257,12 +258,8 @@ def _duration(seconds: float) -> str:
 def peak_memory_bytes(devices: Sequence[jax.Device]) -> int:
     """The most memory this process's run has held, in bytes: on accelerators all of these devices together.
 
-    CPU devices keep no such count; there it is the process's largest resident set (0 on Windows, which has none).
+    CPU devices keep no such count; there it is the process's largest resident set.
     """
     stats = [device.memory_stats() or {} for device in devices]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
-    if peaks or sys.platform == "win32":
-        return sum(peaks)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return sum(peaks) if peaks else peak_host_memory()

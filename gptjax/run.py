@@ -11,6 +11,7 @@ import jax
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
 from gptjax.errors import UserError
+from gptjax.sharding import one_device, with_shardings
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import init_state
 
@@ -75,13 +76,16 @@ def load_run(path: Path, which: Literal["best", "latest"]) -> tuple[Config, Any,
         UserError: `path` holds no such run, or its checkpoint is damaged.
     """
     config = Config.from_json(path / "config.json")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        jax.eval_shape(lambda: init_state(config)).params,
-    )
+    abstract = with_shardings(one_device(), jax.eval_shape(lambda: init_state(config)).params)
     trees, _ = Checkpoints(path / "checkpoints" / which, read_only=True).restore(params=abstract)
     return config, trees["params"], Tokenizer.load(path / "tokenizer.json")
+
+
+def trained_tokens(path: Path, which: Literal["best", "latest"]) -> int:
+    """How many tokens a run's checkpoint was trained on, those of every epoch counted."""
+    config = Config.from_json(path / "config.json")
+    step = Checkpoints(path / "checkpoints" / which, read_only=True).step or 0
+    return step * config.train.batch_size * config.model.block_size
 
 
 def require_resumable(saved: Config, config: Config) -> None:
@@ -116,5 +120,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    sections = dataclasses.asdict(config)
-    return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+    flat: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        flat |= {f"{name}.{field}": v for field, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat

@@ -11,18 +11,19 @@ from jax.sharding import PartitionSpec as P
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.errors import UserError
 
+AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # The end of a parameter's path -> how its axes are split. The leading axis of `layers` is the layer, never split.
 # The optimizer's moments have their parameter's path at the end of theirs, so the table splits them alike.
 TABLE = {
-    r"token_embedding$": P("tensor", "fsdp"),
+    r"(token_embedding|head)$": P("tensor", "fsdp"),
     r"position_embedding$": P(None, "fsdp"),
     r"attention/(query|key|value)/kernel$": P(None, "fsdp", "tensor", None),
     r"attention/(query|key|value)/bias$": P(None, "tensor", None),
     r"attention/out/kernel$": P(None, "tensor", None, "fsdp"),
-    r"mlp/up/kernel$": P(None, "fsdp", "tensor"),
-    r"mlp/up/bias$": P(None, "tensor"),
+    r"mlp/(up|gate)/kernel$": P(None, "fsdp", "tensor"),
+    r"mlp/(up|gate)/bias$": P(None, "tensor"),
     r"mlp/down/kernel$": P(None, "tensor", "fsdp"),
     r"": P(),
 }
@@ -59,9 +60,14 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
 
 def require_divisible(model: ModelConfig, mesh: Mesh) -> None:
     """Raise `UserError` where the mesh does not divide what the table splits."""
-    for field, axis in (("n_head", "tensor"), ("n_embd", "fsdp")):
+    for field, value, axis in (
+        ("n_head", model.n_head, "tensor"),
+        ("n_kv_head", model.kv_heads, "tensor"),
+        ("mlp_width", model.mlp_features, "tensor"),
+        ("n_embd", model.n_embd, "fsdp"),
+    ):
         size = mesh.shape[axis]
-        model.require(getattr(model, field) % size == 0, field, f"does not split over mesh.{axis}={size}")
+        model.require(value % size == 0, field, f"does not split over mesh.{axis}={size}")
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -73,11 +79,25 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next(spec for end, spec in TABLE.items() if re.search(end, name))
-        if name.endswith("token_embedding") and leaf.shape[0] % mesh.shape["tensor"]:
+        if name.endswith(("token_embedding", "head")) and leaf.shape[0] % mesh.shape["tensor"]:
             spec = P(None, spec[1])
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def with_shardings(mesh: Mesh, abstract: Any) -> Any:
+    """The same shapes and dtypes with the table's shardings."""
+    return jax.tree.map(
+        lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
+        abstract,
+        shardings(mesh, abstract),
+    )
+
+
+def one_device() -> Mesh:
+    """The mesh of this process's first device."""
+    return jax.make_mesh((1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.local_devices()[:1])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -94,29 +94,48 @@ class Tokenizer:
         path.write_text(self.to_json(), encoding="utf-8")
 
     def encode(self, text: str, *, special: bool = False) -> Int32[np.ndarray, " T"]:
-        """The ids of a text; only with `special` is the text "<|endoftext|>" the one token of that name.
+        """The ids of a text; only with `special` are the names of special tokens, as "<|endoftext|>", those tokens.
 
         Raises `UserError` at a character that a character tokenizer lacks.
         """
-        if special and self.end_of_text is not None:
-            parts = [self.encode(part) for part in text.split(END_OF_TEXT)]
-            mark = np.array([self.end_of_text], np.int32)
-            return np.concatenate([piece for part in parts for piece in (mark, part)][1:])
         if self._id_of_code_point is not None:
             return next(_encode_characters([text], self._id_of_code_point))
-        return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
+        return self._encode(text, special=special, begin=False)
 
     def prompt(self, text: str = "") -> Int32[np.ndarray, " T"]:
-        """The ids of a prompt, in which "<|endoftext|>" is that token; of an empty one a new line, or token 0.
+        """The ids of a prompt: special tokens among them, and before them what the tokenizer itself puts before a text.
 
-        Raises `UserError` as `encode`.
+        An empty prompt is a new line, or token 0 where a character tokenizer lacks it. Raises `UserError` as `encode`.
         """
-        if text:
-            return self.encode(text, special=True)
-        try:
-            return self.encode("\n")
-        except UserError:  # a character tokenizer of a text of one line
+        if self._id_of_code_point is None:
+            return self._encode(text or "\n", special=True, begin=True)
+        if not text and "\n" not in self._library.get_vocab():
             return np.zeros(1, np.int32)
+        return self.encode(text or "\n")
+
+    @property
+    def kind(self) -> str:
+        """In words: characters, byte-level BPE, or the library's name of it."""
+        spec = json.loads(self._library.to_str())
+        if self._id_of_code_point is not None:
+            return "characters"
+        return "byte-level BPE" if "ByteLevel" in json.dumps(spec["decoder"]) else str(spec["model"]["type"])
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token of that name, None where there is none."""
+        return self._library.token_to_id(text)
+
+    @property
+    def begin(self) -> Int32[np.ndarray, " T"]:
+        """What the tokenizer puts before every text: none, or one token (Llama's)."""
+        none = np.zeros(0, np.int32)
+        return none if self._id_of_code_point is not None else self._encode("", special=True, begin=True)
+
+    def _encode(self, text: str, *, special: bool, begin: bool) -> Int32[np.ndarray, " T"]:
+        self._library.encode_special_tokens = not special  # the library's word for special tokens read as plain text
+        ids = self._library.encode(text, add_special_tokens=begin).ids
+        self._library.encode_special_tokens = True
+        return np.array(ids, np.int32)
 
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[Int32[np.ndarray, " _"]]:
         """Encode a text that comes in pieces, in bounded memory, to the ids that the whole text has."""
@@ -132,21 +151,29 @@ class Tokenizer:
         """The text of some ids; an id in a hole of the vocabulary is no text."""
         return self._library.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def decode_stream(self, ids: Ids) -> Iterator[str]:
-        """Decode ids as they come, each piece as soon as its characters are whole; the pieces join to `decode(ids)`."""
-        before: list[int] = []  # the last piece's ids: some decoders treat the first token of a text differently
-        pending: list[int] = []
-        for i in ids:
-            pending.append(int(i))
-            text = self._after(before, pending)
-            if text and not text.endswith("\ufffd"):  # or else bytes of this character are still to come
-                yield text
-                before, pending = pending, []
-        if text := self._after(before, pending):
-            yield text
 
-    def _after(self, before: list[int], ids: list[int]) -> str:
-        return self.decode(before + ids)[len(self.decode(before)) :]
+class TextStream:
+    """Decodes ids as they come, each piece as soon as its characters are whole; the pieces join to the whole's text.
+
+    `before` are the ids in front of the first ones: some decoders treat the first token of a text differently.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Ids = ()) -> None:
+        self._tokenizer, self._before, self._pending = tokenizer, [int(i) for i in before], list[int]()
+
+    def feed(self, ids: Ids) -> str:
+        """The characters that these ids complete."""
+        self._pending += [int(i) for i in ids]
+        text = self.end()
+        if not text or text.endswith("\ufffd"):  # bytes of this character are still to come
+            return ""
+        self._before, self._pending = self._pending, []
+        return text
+
+    def end(self) -> str:
+        """What is left at the end: at most the bytes of an unfinished character."""
+        before = self._tokenizer.decode(self._before)
+        return self._tokenizer.decode(self._before + self._pending)[len(before) :]
 
 
 # Where a text may be cut without changing any token. In GPT-2's pre-tokenization, as in Llama 3's and Qwen's, a word

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from gptjax.config import Config
 from gptjax.model import GPT
-from gptjax.optimizer import make_optimizer, make_schedule
-from gptjax.sharding import batch_sharding, require_divisible, shardings
+from gptjax.optimizer import freeze, make_optimizer, make_schedule
+from gptjax.sharding import batch_sharding, require_divisible, shardings, with_shardings
 
 
 class TrainState(NamedTuple):
@@ -44,9 +44,16 @@ def loss_sum(
 def init_state(config: Config) -> TrainState:
     """Step 0, from train.seed alone; compile it with `out_shardings` and no device ever holds it whole."""
     tokens_BT = jnp.zeros((1, config.model.block_size), jnp.int32)
-    params = GPT(config.model).init(jax.random.key(config.train.seed), tokens_BT)["params"]
-    optimizer = make_optimizer(config.optimizer, config.train.max_steps)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return start_state(config, GPT(config.model).init(jax.random.key(config.train.seed), tokens_BT)["params"])
+
+
+def start_state(config: Config, params: Any) -> TrainState:
+    """Step 0 of a run that begins with these parameters."""
+    return TrainState(jnp.zeros((), jnp.int32), params, _optimizer(config).init(params))
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+    return make_optimizer(config.optimizer, config.train.max_steps, lora=config.model.lora_rank > 0)
 
 
 def train_step(config: Config, state: TrainState, windows_ABW: Int[Array, "A B W"]) -> tuple[TrainState, Any]:
@@ -54,12 +61,14 @@ def train_step(config: Config, state: TrainState, windows_ABW: Int[Array, "A B W
 
     Dropout is keyed by (train.seed, step, micro-step), so the step is a function of state and batch alone.
     """
-    model, optimizer = GPT(config.model), make_optimizer(config.optimizer, config.train.max_steps)
+    model, optimizer = GPT(config.model), _optimizer(config)
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     n_targets = windows_ABW.size // windows_ABW.shape[-1] * (windows_ABW.shape[-1] - 1)
 
     def micro_loss(params: Any, windows_BW: jax.Array, micro: jax.Array) -> jax.Array:
         rngs = {"dropout": jax.random.fold_in(key, micro)} if config.model.dropout else None
+        if config.model.lora_rank:
+            params = freeze(params)
         return loss_sum(model, params, windows_BW, rngs)[0] / n_targets
 
     def accumulate(total: Any, micro: Any) -> tuple[Any, None]:
@@ -88,6 +97,7 @@ class Steps(NamedTuple):
     """The compiled functions of a run on its mesh."""
 
     init: Callable[[], TrainState]
+    start: Callable[[Any], TrainState]  # from parameters, which it takes over
     train: Callable[[TrainState, jax.Array], tuple[TrainState, Any]]
     evaluate: Callable[[Any, jax.Array], jax.Array]
     state: TrainState  # shapes, dtypes and shardings
@@ -97,8 +107,7 @@ def compile_steps(config: Config, mesh: Mesh) -> Steps:
     """jit with shardings: the state is born sharded by the table, donated from step to step."""
     require_divisible(config.model, mesh)
     abstract = jax.eval_shape(lambda: init_state(config))
-    split = shardings(mesh, abstract)
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, split)
+    state, split = with_shardings(mesh, abstract), shardings(mesh, abstract)
 
     one_at_a_time = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
@@ -115,6 +124,7 @@ def compile_steps(config: Config, mesh: Mesh) -> Steps:
     batch, replicated = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     return Steps(
         init=on_mesh(jax.jit(partial(init_state, config), out_shardings=split)),
+        start=on_mesh(jax.jit(partial(start_state, config), out_shardings=split, donate_argnums=0)),
         train=on_mesh(
             jax.jit(
                 partial(train_step, config),

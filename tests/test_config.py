@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, Parser, TrainConfig, load_config_file
+from gptjax.config import SECTIONS, Config, DataConfig, MeshConfig, ModelConfig, Parser, TrainConfig, load_config_file
 from gptjax.errors import UserError
 
 
@@ -125,6 +125,7 @@ def test_help_explains_every_field():
     parser = Parser("train.py", "")
     parser.add_fields(Config())
     text = parser.format_help()
-    for section in dataclasses.fields(Config):
-        for field in dataclasses.fields(section.default_factory):
-            assert f"--{section.name}.{field.name} " in text and field.metadata["help"]
+    assert "--init_from " in text
+    for name, section in SECTIONS.items():
+        for field in dataclasses.fields(section):
+            assert f"--{name}.{field.name} " in text and field.metadata["help"]

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from gptjax.config import ModelConfig
-from gptjax.generate import CHUNK, Sampling, decode, generate, prefill, sample_token
+from gptjax.generate import CHUNK, Memory, Sampling, decode, generate, prefill, sample_token
 from gptjax.model import GPT, init_cache
 
 TINY = ModelConfig(vocab_size=61, block_size=40, n_layer=2, n_head=2, n_embd=16, bias=True, dtype="float32")
@@ -38,9 +38,9 @@ def logits_of(config, params, tokens_BT):
 
 
 @partial(jax.jit, static_argnums=0)
-def read(config, params, tokens_BT, cache, offset):
+def read(config, params, tokens_BT, cache, offset_B):
     model, weights = GPT(config), {"params": params}
-    x_BTD, cache = model.apply(weights, tokens_BT, cache, offset, method="hidden")
+    x_BTD, cache = model.apply(weights, tokens_BT, cache, offset_B, method="hidden")
     return model.apply(weights, x_BTD, method="logits"), cache
 
 
@@ -49,7 +49,8 @@ def text(length, batch=1, seed=0, vocab_size=61):
 
 
 def new_tokens(params, prompt_BP, n, sampling=GREEDY, seed=0, config=TINY):
-    chunks = list(generate(config, params, prompt_BP, n, sampling, seed))
+    seeds = [1000 * seed + i for i in range(len(prompt_BP))]
+    chunks = [chunk.tokens_BC for chunk in generate(config, params, list(prompt_BP), n, sampling, seeds)]
     tokens = np.hstack(chunks) if chunks else np.zeros((len(prompt_BP), 0), np.int32)
     assert tokens.shape == (len(prompt_BP), n)
     return tokens
@@ -90,7 +91,7 @@ def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(params):
     assert full_BTV.std() > 0.5
     for position in range(TINY.block_size):
         token_B1 = tokens_BT[:, position : position + 1]
-        logits_B1V, cache = read(TINY, params, token_B1, cache, jnp.int32(position))
+        logits_B1V, cache = read(TINY, params, token_B1, cache, jnp.full(3, position))
         # The same sums in another order, for logits of order 1: 2e-6 as measured.
         np.testing.assert_allclose(logits_B1V[:, 0], full_BTV[:, position], rtol=0, atol=1e-5)
 
@@ -99,24 +100,34 @@ def test_reading_piece_by_piece_gives_the_logits_of_a_full_pass(params):
     tokens_BT, start = text(TINY.block_size, batch=2), 0
     full_BTV, cache = np.asarray(logits_of(TINY, params, tokens_BT)), init_cache(TINY, 2, TINY.block_size)
     for n in (27, 13):
-        logits_BTV, cache = read(TINY, params, tokens_BT[:, start : start + n], cache, jnp.int32(start))
+        logits_BTV, cache = read(TINY, params, tokens_BT[:, start : start + n], cache, jnp.full(2, start))
         np.testing.assert_allclose(logits_BTV, full_BTV[:, start : start + n], rtol=0, atol=1e-5)  # as above
         start += n
     assert start == TINY.block_size
 
 
 def test_prefill_and_decode_give_the_logits_of_a_full_pass(params):
-    for length in (1, 5, 20, 24):
-        padded_BT, junk_BT = text(32, batch=2), text(32, batch=2, seed=9)
-        junk_BT[:, :length] = padded_BT[:, :length]
-        cache, logits_BV = prefill(TINY, params, jnp.asarray(junk_BT), jnp.int32(length))
-        full_BTV = logits_of(TINY, params, padded_BT)
-        np.testing.assert_allclose(logits_BV, full_BTV[:, length - 1], rtol=0, atol=1e-5)  # as above
-        position, key, temperature = jnp.int32(length), jax.random.key(0), jnp.float32(1)
-        cache, logits_BV, new_BC = decode(TINY, params, cache, logits_BV, position, key, temperature, 0)
-        whole_BT = np.hstack([padded_BT[:, :length], new_BC])
-        full_BTV = logits_of(TINY, params, np.pad(whole_BT, ((0, 0), (0, TINY.block_size - whole_BT.shape[1]))))
-        np.testing.assert_allclose(logits_BV, full_BTV[:, length + CHUNK - 1], rtol=0, atol=1e-5)
+    length_B = np.array([1, 5, 20, 24])
+    padded_BT, junk_BT = text(32, batch=4), text(32, batch=4, seed=9)
+    behind = np.arange(32) >= length_B[:, None]
+    cache, offset_B, rows = init_cache(TINY, 4, TINY.block_size), jnp.zeros(4, jnp.int32), np.arange(4)
+    tokens_BT = jnp.asarray(np.where(behind, junk_BT, padded_BT))
+    cache, logits_BV = prefill(TINY, params, cache, tokens_BT, offset_B, jnp.asarray(length_B))
+    full_BTV = np.asarray(logits_of(TINY, params, padded_BT))
+    np.testing.assert_allclose(logits_BV, full_BTV[rows, length_B - 1], rtol=0, atol=1e-5)  # as above
+    keys_B = jax.vmap(jax.random.key)(jnp.arange(4, dtype=jnp.uint32))
+    cache, logits_BV, _, new_BC, log_probs_BC = decode(
+        TINY, params, cache, logits_BV, None, jnp.asarray(length_B), keys_B, jnp.int32(0), jnp.float32(1), Sampling()
+    )
+    whole_BT = np.zeros((4, TINY.block_size), np.int32)
+    for row, length in enumerate(length_B):
+        whole_BT[row, : length + CHUNK] = np.append(padded_BT[row, :length], new_BC[row])
+    full_BTV = np.asarray(jax.nn.log_softmax(logits_of(TINY, params, whole_BT)))
+    last_BV = jax.nn.log_softmax(logits_BV)
+    np.testing.assert_allclose(last_BV, full_BTV[rows, length_B + CHUNK - 1], rtol=0, atol=1e-5)
+    for row, length in enumerate(length_B):
+        own_C = full_BTV[row, length - 1 : length - 1 + CHUNK][np.arange(CHUNK), np.asarray(new_BC)[row]]
+        np.testing.assert_allclose(log_probs_BC[row], own_C, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", PROMPT_LENGTHS)
@@ -162,6 +173,32 @@ def test_how_many_tokens_follow_changes_none(params, context):
 
 
 @pytest.mark.parametrize("context", ["exact", "refill"])
+@pytest.mark.parametrize("n", [12, 60])
+def test_prompts_of_unequal_length_are_as_one_by_one(params, context, n):
+    """With 12 new tokens all fits into a block and is one batch; with 60 the rows fill up one after another."""
+    prompts = [text(length, seed=length)[0] for length in (7, 1, 28, 7, 13)]
+    sampling, seeds = Sampling(temperature=1.5, top_k=30, repetition_penalty=1.3, context=context), [5, 6, 7, 8, 5]
+    chunks = list(generate(TINY, params, prompts, n, sampling, seeds))
+    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        alone = list(generate(TINY, params, [prompt], n, sampling, [seed]))
+        tokens = np.hstack([chunk.tokens_BC for chunk in chunks])[row]
+        assert tokens.tolist() == np.hstack([chunk.tokens_BC for chunk in alone])[0].tolist()
+        log_probs = np.hstack([chunk.log_probs_BC for chunk in chunks])[row]
+        np.testing.assert_allclose(log_probs, np.hstack([c.log_probs_BC for c in alone])[0], rtol=0, atol=1e-5)
+
+
+def test_a_memory_changes_nothing_but_what_is_read(params):
+    memory, prompt, seen = Memory(), text(5)[0], []
+    for turn, n in enumerate((6, 1, 17, 30)):  # the last one runs over the block
+        answer = np.hstack([c.tokens_BC for c in generate(TINY, params, [prompt], n, GREEDY, [turn], memory)])[0]
+        assert answer.tolist() == new_tokens(params, [prompt], n)[0].tolist()
+        seen.append(len(memory.tokens))
+        assert memory.tokens.tolist() == np.append(prompt, answer)[: len(memory.tokens)].tolist() or turn == 3
+        prompt = np.append(np.append(prompt, answer[:-1]), text(1, seed=turn)[0])  # goes on otherwise than it answered
+    assert seen[:3] == [11, 12, 29]
+
+
+@pytest.mark.parametrize("context", ["exact", "refill"])
 def test_a_batch_is_its_rows_one_by_one(params, context):
     prompts_BP, n, sampling = text(11, batch=3), 60, replace(GREEDY, context=context)
     rows = np.vstack([new_tokens(params, prompts_BP[i : i + 1], n, sampling) for i in range(3)])
@@ -204,14 +241,16 @@ DISTRIBUTIONS = [(1.0, 0), (0.5, 0), (3.0, 0), (1.0, 1), (1.0, 5), (0.7, 5), (1.
 @pytest.mark.parametrize(("temperature", "top_k"), DISTRIBUTIONS)
 def test_drawn_tokens_have_the_exact_distribution(temperature, top_k):
     logits_V = np.random.default_rng(0).normal(size=12).astype(np.float32)
-    draw = jax.jit(sample_token, static_argnums=3)
-    tokens = draw(jnp.tile(logits_V, (20_000, 1)), jax.random.key(3), jnp.float32(temperature), top_k)
+    draw = jax.jit(sample_token, static_argnums=4)
+    keys_B = jax.random.split(jax.random.key(3), 20_000)
+    tokens = draw(jnp.tile(logits_V, (20_000, 1)), None, keys_B, jnp.float32(temperature), Sampling(top_k=top_k))
     assert_drawn_from(np.asarray(tokens), probabilities(logits_V, temperature, top_k))
 
 
 def test_ties_at_the_last_of_top_k_all_stay():
     logits_V = np.float32([0, 2, 1, 1, 1, -1])
-    tokens = sample_token(jnp.tile(logits_V, (20_000, 1)), jax.random.key(0), jnp.float32(1), 2)
+    keys_B = jax.random.split(jax.random.key(0), 20_000)
+    tokens = sample_token(jnp.tile(logits_V, (20_000, 1)), None, keys_B, jnp.float32(1), Sampling(top_k=2))
     assert_drawn_from(np.asarray(tokens), probabilities(logits_V, 1.0, 2))
     assert set(np.asarray(tokens).tolist()) == {1, 2, 3, 4}
 
@@ -219,9 +258,8 @@ def test_ties_at_the_last_of_top_k_all_stay():
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.5, 0), (2.0, 7)])
 def test_generated_tokens_have_the_exact_distribution(params, temperature, top_k):
     prompts_BP = np.repeat(text(6), 4096, axis=0)
-    tokens = np.asarray(
-        next(generate(TINY, params, prompts_BP, 2, Sampling(temperature=temperature, top_k=top_k), seed=5))
-    )
+    sampling = Sampling(temperature=temperature, top_k=top_k)
+    tokens = next(generate(TINY, params, list(prompts_BP), 2, sampling, range(4096))).tokens_BC
     first_V = logits_of(TINY, params, prompts_BP[:1])[0, -1]
     assert_drawn_from(tokens[:, 0], probabilities(first_V, temperature, top_k))
     common = np.bincount(tokens[:, 0]).argmax()
@@ -262,9 +300,9 @@ def test_one_compilation_serves_many_prompts(params, compilations):
         run(3, 90, 1.0, 0, context)
         run(40, 90, 1.0, 0, context)
         with compilations() as again:
-            for length, n, temperature, seed in [(1, 60, 0.5, 1), (17, 3, 0.0, 2), (32, 99, 2.0, 3), (39, 40, 1.0, 4)]:
+            for length, n, temperature, seed in [(1, 60, 0.5, 1), (17, 30, 0.0, 2), (32, 99, 2.0, 3), (39, 40, 1.0, 4)]:
                 run(length, n, temperature, seed, context)
         assert again == []
     with compilations() as more:
-        list(generate(TINY, params, text(3), 5, Sampling(top_k=4), 0))
+        list(generate(TINY, params, list(text(3)), 5, Sampling(top_k=4), [0]))
     assert more, "this test does not see compilations"

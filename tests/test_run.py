@@ -48,7 +48,9 @@ OTHER = {
     "data.source": "elsewhere.txt", "data.sha256": "ab", "data.dir": "elsewhere", "data.order": "epoch",
     "data.tokenizer": "bpe", "optimizer.beta1": 0.5, "optimizer.beta2": 0.5,
     "model.dtype": "float32", "model.bias": True, "model.dropout": 0.5, "model.n_embd": 390,
-    "model.n_head": 3, "optimizer.decay_steps": 2000, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
+    "model.n_head": 3, "model.activation": "swiglu", "model.norm": "rmsnorm", "model.position": "rope",
+    "model.n_kv_head": 2, "model.qkv_bias": True, "model.tied_head": False, "model.lora_layers": "query",
+    "optimizer.decay_steps": 2000, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
 }  # fmt: skip
 FREE = """data.source data.sha256 data.dir train.eval_interval train.eval_batches train.save_interval train.log_interval
 train.patience mesh.data mesh.fsdp mesh.tensor optimizer.decay_steps""".split()

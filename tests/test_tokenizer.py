@@ -1,6 +1,5 @@
 """The tokenizer: round trips, ids that do not depend on how a text is cut, and errors that say the way out."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptjax.errors import UserError
-from gptjax.tokenizer import END_OF_TEXT, Tokenizer, safe_chunks
+from gptjax.tokenizer import END_OF_TEXT, TextStream, Tokenizer, safe_chunks
 
 GPT2 = Path(__file__).parents[2] / "shared" / "data" / "gpt2"
 needs_gpt2 = pytest.mark.skipif(not GPT2.exists(), reason="GPT-2's vocabulary is not at ../shared/data/gpt2")
@@ -146,30 +145,37 @@ def test_the_mark_is_plain_text_unless_asked_for(bpe):
     assert bpe.encode("").shape == bpe.encode("", special=True).shape == (0,)
 
 
+def streamed(tokenizer, ids):
+    """The pieces of text, one id at a time, and what is left at the end."""
+    stream = TextStream(tokenizer)
+    return [stream.feed([i]) for i in ids] + [stream.end()]
+
+
 @given(data=st.data())
 @settings(deadline=None)
 def test_streamed_pieces_join_to_the_whole(bpe, data):
     ids = data.draw(st.lists(st.integers(0, bpe.vocab_size - 1), max_size=30))
-    assert "".join(bpe.decode_stream(ids)) == bpe.decode(ids)
+    assert "".join(streamed(bpe, ids)) == bpe.decode(ids)
 
 
 @given(st.text(st.characters(exclude_characters="\ufffd", exclude_categories=["Cs"])))
 @settings(deadline=None)
 def test_a_streamed_piece_never_splits_a_character(bpe, text):
-    pieces = list(bpe.decode_stream(iter(bpe.encode(text).tolist())))
+    pieces = streamed(bpe, bpe.encode(text).tolist())[:-1]
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_streaming_does_not_wait_for_the_end(bpe):
     ids = bpe.encode("Well said! 中文").tolist()
-    stream = bpe.decode_stream(itertools.chain(ids, itertools.repeat(ids[0])))  # would never end
-    assert "".join(next(stream) for _ in range(3)).startswith("W")
+    stream = TextStream(bpe)
+    assert "".join(stream.feed([i]) for i in ids[:3]).startswith("W")
 
 
 def test_streaming_keeps_the_spaces_of_decoders_that_drop_the_first_one():
     library = tokenizers.Tokenizer(models.WordLevel({"▁to": 0, "▁be": 1, ",": 2}))
     library.decoder = decoders.Metaspace()
-    assert "".join(Tokenizer(library).decode_stream([0, 1, 2, 0, 1])) == "to be, to be"
+    assert "".join(streamed(Tokenizer(library), [0, 1, 2, 0, 1])) == "to be, to be"
+    assert TextStream(Tokenizer(library), before=[0]).feed([1]) == " be"
 
 
 @needs_gpt2
