@@ -1,0 +1,253 @@
+"""Models side by side on the same prompts: python -m gptjax.compare out/shakespeare Qwen/Qwen2.5-0.5B-Instruct
+
+Writes compare.html, one page that needs nothing else, and compare.md. An instruction model is asked through its chat
+template, any other model goes on from the prompt.
+"""
+
+import base64
+import html
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gptjax.config import Parser, Section, argument, option
+from gptjax.errors import UserError, one_line_errors
+from gptjax.generate import Sampling
+from gptjax.host import keep_freed_memory
+from gptjax.language_model import Answer, LanguageModel
+from gptjax.run import write_atomically
+
+PROMPTS = Path(__file__).parent.parent / "prompts" / "case_study.txt"
+
+
+@dataclass(frozen=True)
+class Arguments(Section):
+    models: tuple[str, ...] = argument(
+        "runs' folders, Hugging Face folders, names of models there, nanoGPT's ckpt.pt", many=True
+    )
+    prompts: str = option(str(PROMPTS), "file of prompts, one a line")
+    temperature: tuple[float, ...] = option((0.0, 0.8), "one answer at each; 0: always the likeliest token")
+    max_new_tokens: int = option(100, "tokens in an answer, at most")
+    system: str | None = option(None, "what an instruction model is told first")
+    seed: int = option(1337, "the same seed gives the same answers")
+    out: str = option("compare", "the pages are named OUT.html and OUT.md")
+    checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of activations, and of weights that no run made")
+
+    def validate(self) -> None:
+        self.require(self.max_new_tokens > 0, "max_new_tokens", "is not positive")
+        self.require(all(t >= 0 for t in self.temperature), "temperature", "has a negative one")
+        self.require(0 <= self.seed < 2**32, "seed", "is not in [0, 2**32)")
+
+    def read_prompts(self) -> list[str]:
+        """The prompts of the file, without empty lines."""
+        try:
+            lines = Path(self.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read prompts={self.prompts}: {error}") from error
+        if not (prompts := [line.strip() for line in lines if line.strip()]):
+            raise UserError(f"prompts={self.prompts} has no prompt in it")
+        return prompts
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer and how fast it came: tokens per second from the prompt's first token to the answer's last."""
+
+    answer: Answer
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Column:
+    """All that one model has to say. Where it cannot read a prompt, `problems` says why, and there is nothing else."""
+
+    name: str
+    facts: dict[str, str]
+    picture: bytes | None  # a run's loss.png
+    perplexity: dict[str, float]  # of each prompt, per byte
+    replies: dict[tuple[str, float], Reply]  # by prompt and temperature
+    problems: dict[str, str]
+
+
+def main(argv: Sequence[str]) -> None:
+    keep_freed_memory()
+    parser = Parser("python -m gptjax.compare", __doc__)
+    parser.add_fields(Arguments())
+    [arguments] = parser.parse(argv, Arguments())
+    prompts = arguments.read_prompts()
+    pages = [Path(f"{arguments.out}.html"), Path(f"{arguments.out}.md")]
+    pages[0].parent.mkdir(parents=True, exist_ok=True)
+    columns = [ask(name, prompts, arguments) for name in arguments.models]
+    write_atomically(pages[0], to_html(columns, prompts, arguments.temperature))
+    write_atomically(pages[1], to_markdown(columns, prompts, arguments.temperature))
+    print(f"wrote {pages[0]} and {pages[1]}")
+
+
+def ask(name: str, prompts: Sequence[str], arguments: Arguments) -> Column:
+    """Load a model, put every prompt to it at every temperature, and let it go again."""
+    model = LanguageModel.load(name, arguments.checkpoint, arguments.dtype)
+    picture = model.folder / "loss.png"
+    column = Column(model.name, facts(model), picture.read_bytes() if picture.exists() else None, {}, {}, {})
+    for prompt in prompts:
+        print(f"{model.name}: {prompt}", file=sys.stderr)
+        try:
+            column.perplexity[prompt] = perplexity_per_byte(model, prompt)
+            for temperature in arguments.temperature:
+                column.replies[prompt, temperature] = reply(model, prompt, temperature, arguments)
+        except UserError as error:
+            column.problems[prompt] = str(error)
+    return column
+
+
+def reply(model: LanguageModel, prompt: str, temperature: float, arguments: Arguments) -> Reply:
+    """One answer, timed after a first few tokens of it that only compile."""
+    if model.template is None:
+        ids = model.tokenizer.prompt(prompt)
+    else:
+        system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+        ids = model.chat_prompt([*system, {"role": "user", "content": prompt}])
+    sampling = Sampling(temperature=temperature)
+    next(model.answer([ids], arguments.max_new_tokens, sampling, [arguments.seed]))
+    start = time.perf_counter()
+    *_, [answer] = model.answer([ids], arguments.max_new_tokens, sampling, [arguments.seed])
+    return Reply(answer, len(answer.tokens) / (time.perf_counter() - start))
+
+
+def perplexity_per_byte(model: LanguageModel, text: str) -> float:
+    """exp(nats per UTF-8 byte) of a text that begins: so models with different tokenizers can be compared."""
+    [(log_probs, _)] = model.score([(model.start(), model.tokenizer.encode(text))])
+    return math.exp(-float(log_probs.sum()) / len(text.encode()))
+
+
+def facts(model: LanguageModel) -> dict[str, str]:
+    """A model's card."""
+    config = model.config
+    shape = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads"
+    if config.kv_heads != config.n_head:
+        shape += f" on {config.kv_heads} key/value heads"
+    trained = "not stated" if model.train_tokens is None else f"{model.train_tokens:,} tokens"
+    return {
+        "asked as": "a chat" if model.template else "a text to go on from",
+        "parameters": f"{model.n_params:,}",
+        "shape": shape,
+        "trained on": trained,
+        "tokenizer": f"{model.tokenizer.kind}, {model.tokenizer.vocab_size:,} tokens",
+        "context": f"{config.block_size:,} tokens",
+        "activations": config.dtype,
+    }
+
+
+def to_markdown(columns: Sequence[Column], prompts: Sequence[str], temperatures: Sequence[float]) -> str:
+    """The comparison as Markdown: a table of cards, then the answers to each prompt."""
+    names = list(columns[0].facts)
+    lines = ["# Models side by side", "", "| | " + " | ".join(_cell(column.name) for column in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    lines += [f"| {name} | " + " | ".join(_cell(column.facts[name]) for column in columns) + " |" for name in names]
+    for prompt in prompts:
+        lines += ["", f"## {prompt}"]
+        for column in columns:
+            lines += ["", f"### {column.name}"]
+            if prompt in column.problems:
+                lines += ["", column.problems[prompt]]
+                continue
+            lines += ["", f"Perplexity of the prompt: {column.perplexity[prompt]:.2f} per byte."]
+            for temperature in temperatures:
+                given = column.replies[prompt, temperature]
+                fence = "`" * max(3, 1 + _longest_run(given.answer.text))
+                lines += ["", f"Temperature {temperature:g} ({_how(given)}):", "", fence, given.answer.text, fence]
+    return "\n".join(lines) + "\n"
+
+
+def to_html(columns: Sequence[Column], prompts: Sequence[str], temperatures: Sequence[float]) -> str:
+    """The comparison as one page without scripts or anything to fetch."""
+    cards = "".join(_card(column) for column in columns)
+    sections = "".join(_section(prompt, columns, temperatures) for prompt in prompts)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Models side by side</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f'<h1>Models side by side</h1>\n<div class="row" style="--n: {len(columns)}">{cards}</div>\n{sections}'
+        "<footer>Perplexity per byte: how many bytes a model wavers between on average, over the prompt's UTF-8 text; "
+        "it compares models whose tokenizers differ. Tokens per second: one answer at a time, its prompt's reading "
+        "counted, compilation not. Made by gptjax.</footer>\n</body>\n</html>\n"
+    )
+
+
+def _card(column: Column) -> str:
+    rows = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in column.facts.items())
+    picture = ""
+    if column.picture:
+        data = base64.b64encode(column.picture).decode()
+        picture = f'<img alt="training and validation loss" src="data:image/png;base64,{data}">'
+    return f'<div class="card"><h2>{html.escape(column.name)}</h2><dl>{rows}</dl>{picture}</div>'
+
+
+def _section(prompt: str, columns: Sequence[Column], temperatures: Sequence[float]) -> str:
+    cells = "".join(_answers(prompt, column, temperatures) for column in columns)
+    title = f"<h2>{html.escape(prompt)}</h2>"
+    return f'<section>\n{title}\n<div class="row" style="--n: {len(columns)}">{cells}</div>\n</section>\n'
+
+
+def _answers(prompt: str, column: Column, temperatures: Sequence[float]) -> str:
+    head = f"<h3>{html.escape(column.name)}</h3>"
+    if prompt in column.problems:
+        return f'<div class="card">{head}<p class="problem">{html.escape(column.problems[prompt])}</p></div>'
+    body = f'<p class="small">perplexity of the prompt: {column.perplexity[prompt]:.2f} per byte</p>'
+    for temperature in temperatures:
+        given = column.replies[prompt, temperature]
+        begin = "" if column.facts["asked as"] == "a chat" else f'<span class="prompt">{html.escape(prompt)}</span>'
+        body += (
+            f'<p class="small"><b>temperature {temperature:g}</b> · {_how(given)}</p>'
+            f"<pre>{begin}{html.escape(given.answer.text)}</pre>"
+        )
+    return f'<div class="card">{head}{body}</div>'
+
+
+def _how(given: Reply) -> str:
+    end = "ended by itself" if given.answer.ended else "cut off"
+    return f"{len(given.answer.tokens)} tokens, {end}, {given.tokens_per_second:,.0f} tokens/s"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --card: #fff; --page: #f6f8fa;
+  --accent: #3b6fb6; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --card: #161b22; --page: #0d1117; --accent: #79b0f2; }
+}
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
+  max-width: 1500px; padding: 2rem 1.5rem; }
+h1 { margin: 0 0 1.2rem; } h2 { margin: 0 0 .6rem; } h3 { margin: 0; color: var(--accent); }
+section { margin-top: 2.5rem; }
+.row { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); gap: 1rem; }
+@media (max-width: 800px) { .row { grid-template-columns: 1fr; } }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.2rem; }
+.card h2 { color: var(--accent); font-size: 1.2rem; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: .15rem 1rem; margin: 0; }
+dt { color: var(--soft); } dd { margin: 0; font-variant-numeric: tabular-nums; }
+img { width: 100%; margin-top: 1rem; border-radius: 6px; }
+.small { color: var(--soft); font-size: .875rem; margin: .7rem 0 .25rem; } .small b { color: var(--ink); }
+.problem { color: #d1495b; } .prompt { color: var(--soft); }
+pre { font: .875rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
+  padding: .7rem .9rem; background: var(--page); border-radius: 6px; min-height: 2.5rem;
+  max-height: 26rem; overflow: auto; }
+footer { color: var(--soft); font-size: .875rem; margin-top: 2.5rem; }
+"""
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
