@@ -80,7 +80,8 @@ class LanguageModel:
         variables = chat.special_tokens(folder)
         stops, defaults = _manners(folder, tokenizer, variables)
         template = chat.find_template(folder)
-        return cls(path.name or name, config, params, tokenizer, template, variables, stops, defaults, seen, folder)
+        shown = path.resolve().name if Path(name).expanduser().exists() else name  # on the hub's cache, a checksum
+        return cls(shown, config, params, tokenizer, template, variables, stops, defaults, seen, folder)
 
     @property
     def n_params(self) -> int:
@@ -165,7 +166,7 @@ def _score(
     config: ModelConfig, params: Any, tokens_BW: Int[Array, "B W"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Log-probability of each token after the first, and whether it is the likeliest."""
-    logits_BTV: Any = GPT(config).apply({"params": params}, tokens_BW[:, :-1])
+    logits_BTV: Any = GPT(config, unroll=False).apply({"params": params}, tokens_BW[:, :-1])
     targets_BT = tokens_BW[:, 1:]
     log_probs_BTV = jax.nn.log_softmax(logits_BTV)
     log_probs_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]

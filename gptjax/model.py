@@ -134,11 +134,13 @@ class GPT(nn.Module):
     """Token embeddings, pre-norm blocks, a norm and a head, in the variants that `ModelConfig` has.
 
     Parameters are float32 where they are trained; activations have `config.dtype`; softmax, norm statistics and
-    logits are float32. Dropout is on exactly where `apply` is given a "dropout" rng. Layers run unrolled, but their
-    parameters are stacked along a leading layer axis, so that the tree is the same however they run.
+    logits are float32. Dropout is on exactly where `apply` is given a "dropout" rng. Parameters are stacked along a
+    leading layer axis, so that the tree is the same however the layers run: `unroll`ed they train faster on CPUs, and
+    as one loop they compile in a fraction of the time, and decode faster (docs/performance.md).
     """
 
     config: ModelConfig
+    unroll: bool = True
 
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(INIT_STD)
@@ -152,7 +154,7 @@ class GPT(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=config.n_layer,
-            unroll=config.n_layer,
+            unroll=config.n_layer if self.unroll else 1,
         )(config)
         self.final_norm = _norm(config)
         if not config.tied_head:

@@ -40,7 +40,7 @@ def scramble() -> Callable[..., Any]:
 
         def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
             name, layer = path[-1].key, path[-2].key if len(path) > 1 else None
-            n_in = {"down": 4 * config.n_embd}.get(layer, config.n_embd)
+            n_in = {"down": config.mlp_features}.get(layer, config.n_embd)
             scale = n_in**-0.5 if name == "kernel" else 0.3
             return jnp.asarray((name == "scale") + scale * rng.standard_normal(shape.shape), jnp.float32)
 

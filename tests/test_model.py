@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import Config, ModelConfig, TrainConfig
-from gptjax.model import GPT
+from gptjax.model import GPT, rope_angles, rotate
 from gptjax.optimizer import make_optimizer
 from gptjax.training import TrainState, init_state, loss_sum, train_step
 
@@ -217,3 +217,28 @@ def test_layer_norms_have_gpt2s_epsilon(scramble):
         expected = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(variance + 1e-5) * scale + bias
         # Float32, and Flax's variance is E[x²] - E[x]²: about 1e-6 of outputs of order 1.
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"norm": "rmsnorm", "position": "rope", "activation": "swiglu", "n_kv_head": 1}]
+)
+def test_layers_in_a_loop_are_the_layers_unrolled(scramble, variant):
+    config = replace(TINY, n_layer=3, n_kv_head=variant.pop("n_kv_head", 0), **variant)
+    params, tokens_BT = scramble(config), tokens_of(config)
+    looped = jax.jit(GPT(config, unroll=False).apply)({"params": params}, tokens_BT)
+    # The same sums, which XLA may fuse in another way, for logits of order 1.
+    np.testing.assert_allclose(looped, logits_of(config, params, tokens_BT), rtol=0, atol=1e-5)
+    drawn = [GPT(config, unroll=unroll).init(jax.random.key(3), tokens_BT)["params"] for unroll in (True, False)]
+    jax.tree.map(np.testing.assert_array_equal, *drawn)
+
+
+def test_rope_sees_distances_alone():
+    config = replace(TINY, position="rope", block_size=40)
+    q, k = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1, 1, 1, config.head_width)), jnp.float32)
+
+    def score(query, key):
+        turned = [rotate(x, rope_angles(config, jnp.array([[place]]))) for x, place in ((q, query), (k, key))]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    assert abs(score(7, 3) - score(29, 25)) < 1e-4 < abs(score(7, 3) - score(7, 4))
+    assert np.isclose(np.linalg.norm(rotate(q, rope_angles(config, jnp.array([[31]])))), np.linalg.norm(q), rtol=1e-5)
