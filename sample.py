@@ -124,6 +124,7 @@ def table(model: LanguageModel, answer: Answer) -> list[str]:
 def chat(model: LanguageModel, arguments: Arguments) -> None:
     """A conversation in the terminal; what was read of it stays in the cache from turn to turn."""
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    model.chat_prompt([*messages, {"role": "user", "content": ""}])  # a model that cannot says so before it asks
     memory, seed = Memory(), arguments.seed
     while question := ask():
         messages.append({"role": "user", "content": question})
