@@ -95,6 +95,15 @@ class ModelConfig(Section):
     lora_alpha: float = option(16.0, "LoRA: updates are scaled by lora_alpha / lora_rank")
     lora_layers: str = option(",".join(LINEAR_LAYERS), "LoRA: the linear layers that have updates")
     dropout: float = option(0.0, "dropout on the embedding, the attention weights and both residual branches")
+    attention: Literal["auto", "plain", "splash", "cudnn"] = option(
+        "auto", "in training: plain, Pallas's kernel for TPUs or cuDNN's for GPUs; auto: the hardware's, where it can"
+    )
+    layers: Literal["auto", "unrolled", "looped"] = option(
+        "auto", "in training: one after another, or a loop that compiles faster; auto: unrolled on CPU"
+    )
+    remat: Literal["none", "dots", "full"] = option(
+        "none", "computed again in the backward pass to save memory: nothing, all but matrix products, or whole layers"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "of activations; auto: bfloat16 on TPU and GPU, float32 on CPU"
     )
@@ -119,6 +128,22 @@ class ModelConfig(Section):
         layers = f"is not a list of linear layers: of {', '.join(LINEAR_LAYERS)}, separated by commas"
         self.require(set(self.lora_layers.split(",")) <= set(LINEAR_LAYERS), "lora_layers", layers)
         self.require(0 <= self.dropout < 1, "dropout", "is not in [0, 1)")
+
+        flash = self.attention in ("splash", "cudnn")
+        self.require(not flash or self.dropout == 0, "attention", "has no dropout: pass --model.dropout 0, or plain")
+        whole = f"takes blocks of 128, which model.block_size={self.block_size} is no multiple of: pass plain"
+        self.require(self.attention != "splash" or self.block_size % 128 == 0, "attention", whole)
+
+    def on(self, platform: str) -> "ModelConfig":
+        """The config with what 'auto' means on a platform of JAX's: attention and layers."""
+        attention, layers = self.attention, self.layers
+        if attention == "auto":
+            able = {"tpu": self.block_size % 128 == 0, "gpu": self.dtype == "bfloat16" and self.head_width % 8 == 0}
+            best: dict[str, Any] = {"tpu": "splash", "gpu": "cudnn"}
+            attention = best[platform] if able.get(platform) and not self.dropout else "plain"
+        if layers == "auto":
+            layers = "unrolled" if platform == "cpu" else "looped"
+        return dataclasses.replace(self, attention=attention, layers=layers)
 
     @property
     def head_width(self) -> int:

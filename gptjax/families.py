@@ -121,9 +121,7 @@ def path_of(key: Any) -> str:
 
 def draw_params(config: ModelConfig, seed: int) -> Any:
     """Parameters as a run draws them; for their shapes alone call it in `jax.eval_shape`."""
-    return GPT(replace(config, dtype="float32"), unroll=False).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))[
-        "params"
-    ]
+    return GPT(replace(config, dtype="float32")).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def read_config(path: Path) -> tuple[Family, ModelConfig]:

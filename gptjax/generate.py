@@ -264,7 +264,7 @@ def _read(
 
 def _parts(config: ModelConfig, params: Any) -> tuple[Any, Any]:
     """The model's two halves with their weights: tokens (and cache, offsets) to hidden states, and those to logits."""
-    model, weights = GPT(config, unroll=False), {"params": params}
+    model, weights = GPT(config), {"params": params}
     return partial(model.apply, weights, method="hidden"), partial(model.apply, weights, method="logits")
 
 

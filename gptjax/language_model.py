@@ -166,7 +166,7 @@ def _score(
     config: ModelConfig, params: Any, tokens_BW: Int[Array, "B W"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Log-probability of each token after the first, and whether it is the likeliest."""
-    logits_BTV: Any = GPT(config, unroll=False).apply({"params": params}, tokens_BW[:, :-1])
+    logits_BTV: Any = GPT(config).apply({"params": params}, tokens_BW[:, :-1])
     targets_BT = tokens_BW[:, 1:]
     log_probs_BTV = jax.nn.log_softmax(logits_BTV)
     log_probs_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]

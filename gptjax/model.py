@@ -8,7 +8,7 @@ its name:
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gptjax.attention import causal_attention
+from gptjax.attention import causal_attention, flash_attention
 from gptjax.config import ModelConfig
-from gptjax.sharding import constrain_batch
+from gptjax.sharding import constrain, gathered
 
 INIT_STD = 0.02  # GPT-2's code; section 2.3 of its paper adds 1/sqrt(number of residual branches)
 ROPE_LOW, ROPE_HIGH = 1.0, 4.0  # Llama 3: wavelengths in the original context below which, above which scaling changes
@@ -62,7 +62,8 @@ class Linear(nn.Module):
         # As one product of two matrices: with [B, T, D] as it is, XLA on CPUs transposes the gradient of [B, T, F],
         # which took a quarter of a step.
         rows = x.reshape(-1, n_in).astype(dtype)
-        y = rows @ kernel.astype(dtype).reshape(n_in, n_out)
+        kernel = gathered(kernel.astype(dtype), "/".join((*self.path, "kernel")))
+        y = rows @ kernel.reshape(n_in, n_out)
         if config.lora_rank and self.name in config.lora_layers.split(","):
             rank = config.lora_rank
             a = self.param("lora_a", nn.initializers.normal(n_in**-0.5), (n_in, rank)).astype(dtype)
@@ -94,7 +95,10 @@ class Attention(nn.Module):
             k_BSKH = _write(cache.keys, k_BSKH, position_bT[:, 0])
             v_BSKH = _write(cache.values, v_BSKH, position_bT[:, 0])
             cache = KVCache(k_BSKH, v_BSKH)
-        y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, position_bT, _Dropout(config.dropout))
+        if config.attention in ("splash", "cudnn") and cache is None:
+            y_BTNH = flash_attention(q_BTNH, k_BSKH, v_BSKH, config.attention)
+        else:
+            y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, position_bT, _Dropout(config.dropout))
         out = Linear(config, (config.n_embd,), n_in=2, use_bias=config.bias, residual=True, name="out")
         return _Dropout(config.dropout)(out(y_BTNH)), cache
 
@@ -127,7 +131,7 @@ class Block(nn.Module):
         )
         x_BTD = x_BTD + y_BTD
         x_BTD = x_BTD + MLP(self.config, name="mlp")(_norm(self.config, name="mlp_norm")(x_BTD))
-        return constrain_batch(x_BTD), cache
+        return constrain(x_BTD), cache
 
 
 class GPT(nn.Module):
@@ -135,12 +139,11 @@ class GPT(nn.Module):
 
     Parameters are float32 where they are trained; activations have `config.dtype`; softmax, norm statistics and
     logits are float32. Dropout is on exactly where `apply` is given a "dropout" rng. Parameters are stacked along a
-    leading layer axis, so that the tree is the same however the layers run: `unroll`ed they train faster on CPUs, and
-    as one loop they compile in a fraction of the time, and decode faster (docs/performance.md).
+    leading layer axis, so that the tree is the same however the layers run: unrolled they train faster on CPUs, as one
+    loop they compile in a fraction of the time and decode faster (docs/performance.md).
     """
 
     config: ModelConfig
-    unroll: bool = True
 
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(INIT_STD)
@@ -148,13 +151,17 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.position_embedding = self.param("position_embedding", init, (config.block_size, config.n_embd))
         self.embedding_dropout = _Dropout(config.dropout)
+        block = Block
+        if config.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+            block = nn.remat(Block, policy=policy, prevent_cse=config.layers == "unrolled")
         self.layers = nn.scan(
-            Block,
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=config.n_layer,
-            unroll=config.n_layer if self.unroll else 1,
+            unroll=config.n_layer if config.layers == "unrolled" else 1,
         )(config)
         self.final_norm = _norm(config)
         if not config.tied_head:
@@ -174,19 +181,27 @@ class GPT(nn.Module):
         position_bT = jnp.arange(tokens_BT.shape[1])[None]
         if offset_B is not None:
             position_bT = position_bT + offset_B[:, None]
-        x_BTD = jnp.take(self.token_embedding, tokens_BT, axis=0)
+        x_BTD = jnp.take(gathered(self.token_embedding, "token_embedding"), tokens_BT, axis=0)
         if self.config.position == "learned" and offset_B is None:
             x_BTD = x_BTD + self.position_embedding[None, : tokens_BT.shape[1]]
         elif self.config.position == "learned":
             x_BTD = x_BTD + jnp.take(self.position_embedding, position_bT, axis=0, mode="clip")
-        x_BTD = constrain_batch(self.embedding_dropout(x_BTD.astype(self.config.dtype)))
+        x_BTD = constrain(self.embedding_dropout(x_BTD.astype(self.config.dtype)))
         x_BTD, cache = self.layers(x_BTD, cache, position_bT)
         return self.final_norm(x_BTD), cache
 
+    @nn.nowrap
+    def head_of(self, params: Any) -> Float[Array, "V D"]:
+        """The output head among the parameters, as the product with the residual stream wants it."""
+        head_VD = params["token_embedding" if self.config.tied_head else "head"]
+        return gathered(head_VD.astype(self.config.dtype), "head")
+
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits over the padded vocabulary: -inf at padded ids, which so are neither sampled nor scored."""
-        head_VD = (self.token_embedding if self.config.tied_head else self.head).astype(self.config.dtype)
+        tree = {"token_embedding": self.token_embedding} if self.config.tied_head else {"head": self.head}
+        head_VD = self.head_of(tree)
         logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
+        logits_BTV = constrain(logits_BTV, None, "tensor")
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits_BTV
         real_V = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size

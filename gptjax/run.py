@@ -19,6 +19,9 @@ from gptjax.training import init_state
 # may move; the fingerprint in the checkpoint tells whether the tokens are still the same.
 FREE_ON_RESUME = {
     "train.max_steps",
+    "model.attention",
+    "model.layers",
+    "model.remat",
     "optimizer.decay_steps",  # these two by `decay_end` below
     "train.eval_interval",
     "train.eval_batches",

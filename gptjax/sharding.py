@@ -105,8 +105,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keep the leading axis of an activation split over the batch axes of the mesh in use, if there is one."""
-    if jax.sharding.get_abstract_mesh().empty:
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Split an activation over the mesh in use, if there is one: its leading axis like the batch, the rest as given.
+
+    The compiler would else be free to replicate the batch, or to move activations where weights should move.
+    """
+    return _constrain(x, (BATCH_AXES, *axes, *[None] * (x.ndim - 1 - len(axes))))
+
+
+def gathered(weight: jax.Array, name: str) -> jax.Array:
+    """A parameter as its product wants it: whole over fsdp, split over tensor as the table says."""
+    spec = next(spec for end, spec in TABLE.items() if re.search(end, name))
+    return _constrain(weight, tuple(None if axis == "fsdp" else axis for axis in spec)[-weight.ndim :])
+
+
+def _constrain(x: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
+    """with_sharding_constraint on the mesh in use, if there is one; an axis that does not split evenly stays whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *[None] * (x.ndim - 1)))
+    split = [
+        axis if axis != "tensor" or n % mesh.shape["tensor"] == 0 else None
+        for n, axis in zip(x.shape, axes, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, P(*split))

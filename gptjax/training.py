@@ -4,6 +4,7 @@ Shape suffixes as in model.py, and A micro-steps, W the T + 1 tokens of a window
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gptjax.config import Config
+from gptjax.loss import cross_entropy_sum, pieces_of
 from gptjax.model import GPT
 from gptjax.optimizer import freeze, make_optimizer, make_schedule
 from gptjax.sharding import batch_sharding, require_divisible, shardings, with_shardings
@@ -35,10 +37,10 @@ def loss_sum(
     A place past the end of the text holds -1 and does not count. Dropout is on where `rngs` has a "dropout".
     """
     inputs_BT, targets_BT = jnp.maximum(windows_BW[:, :-1], 0), windows_BW[:, 1:]
-    logits_BTV = model.apply({"params": params}, inputs_BT, rngs=rngs)
-    counts_BT = (targets_BT >= 0).astype(jnp.float32)
-    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, jnp.maximum(targets_BT, 0))
-    return jnp.sum(nats_BT * counts_BT), jnp.sum(counts_BT)
+    x_BTD, _ = model.apply({"params": params}, inputs_BT, method="hidden", rngs=rngs)
+    pieces = pieces_of(len(inputs_BT), inputs_BT.shape[1], model.config.padded_vocab_size)
+    nats = cross_entropy_sum(x_BTD, model.head_of(params), targets_BT, model.config.vocab_size, pieces)
+    return nats, jnp.sum(targets_BT >= 0).astype(jnp.float32)
 
 
 def init_state(config: Config) -> TrainState:
@@ -106,6 +108,7 @@ class Steps(NamedTuple):
 def compile_steps(config: Config, mesh: Mesh) -> Steps:
     """jit with shardings: the state is born sharded by the table, donated from step to step."""
     require_divisible(config.model, mesh)
+    config = replace(config, model=config.model.on(mesh.devices.flat[0].platform))
     abstract = jax.eval_shape(lambda: init_state(config))
     state, split = with_shardings(mesh, abstract), shardings(mesh, abstract)
 

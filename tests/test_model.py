@@ -225,10 +225,11 @@ def test_layer_norms_have_gpt2s_epsilon(scramble):
 def test_layers_in_a_loop_are_the_layers_unrolled(scramble, variant):
     config = replace(TINY, n_layer=3, n_kv_head=variant.pop("n_kv_head", 0), **variant)
     params, tokens_BT = scramble(config), tokens_of(config)
-    looped = jax.jit(GPT(config, unroll=False).apply)({"params": params}, tokens_BT)
+    unrolled = replace(config, layers="unrolled")
+    looped = logits_of(replace(config, layers="looped"), params, tokens_BT)
     # The same sums, which XLA may fuse in another way, for logits of order 1.
-    np.testing.assert_allclose(looped, logits_of(config, params, tokens_BT), rtol=0, atol=1e-5)
-    drawn = [GPT(config, unroll=unroll).init(jax.random.key(3), tokens_BT)["params"] for unroll in (True, False)]
+    np.testing.assert_allclose(looped, logits_of(unrolled, params, tokens_BT), rtol=0, atol=1e-5)
+    drawn = [GPT(each).init(jax.random.key(3), tokens_BT)["params"] for each in (config, unrolled)]
     jax.tree.map(np.testing.assert_array_equal, *drawn)
 
 
@@ -242,3 +243,19 @@ def test_rope_sees_distances_alone():
 
     assert abs(score(7, 3) - score(29, 25)) < 1e-4 < abs(score(7, 3) - score(7, 4))
     assert np.isclose(np.linalg.norm(rotate(q, rope_angles(config, jnp.array([[31]])))), np.linalg.norm(q), rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("layers", ["unrolled", "looped"])
+def test_computing_again_changes_no_gradient_and_holds_less(scramble, remat, layers, assert_trees_close):
+    config = replace(TINY, n_layer=4, layers=layers, dropout=0.1, block_size=64)
+    params, windows_BW, key = scramble(config), tokens_of(config, batch=8, length=65), jax.random.key(0)
+
+    def compiled(config):
+        loss = jax.grad(lambda params: loss_sum(GPT(config), params, windows_BW, {"dropout": key})[0])
+        return jax.jit(loss).lower(params).compile()
+
+    plain, again = compiled(config), compiled(replace(config, remat=remat))
+    assert_trees_close(again(params), plain(params), rtol=0, atol=2e-3)  # sums over 512 places of order 1 each
+    held = [program.memory_analysis().temp_size_in_bytes for program in (again, plain)]
+    assert held[0] < 0.9 * held[1] or layers == "unrolled", held

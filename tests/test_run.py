@@ -50,10 +50,11 @@ OTHER = {
     "model.dtype": "float32", "model.bias": True, "model.dropout": 0.5, "model.n_embd": 390,
     "model.n_head": 3, "model.activation": "swiglu", "model.norm": "rmsnorm", "model.position": "rope",
     "model.n_kv_head": 2, "model.qkv_bias": True, "model.tied_head": False, "model.lora_layers": "query",
+    "model.attention": "plain", "model.layers": "looped", "model.remat": "full",
     "optimizer.decay_steps": 2000, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
 }  # fmt: skip
-FREE = """data.source data.sha256 data.dir train.eval_interval train.eval_batches train.save_interval train.log_interval
-train.patience mesh.data mesh.fsdp mesh.tensor optimizer.decay_steps""".split()
+FREE = """model.attention model.layers model.remat data.source data.sha256 data.dir train.eval_interval
+train.eval_batches train.save_interval train.log_interval train.patience mesh.data mesh.fsdp mesh.tensor optimizer.decay_steps""".split()
 
 
 @pytest.mark.parametrize(

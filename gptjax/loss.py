@@ -1,0 +1,117 @@
+"""Cross-entropy of the output head in pieces, so that the logits of a whole batch never exist."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from gptjax.sharding import BATCH_AXES
+
+PIECE_BYTES = 256 << 20  # of float32 logits on one device
+
+
+def pieces_of(batch_size: int, length: int, vocab_size: int) -> int:
+    """Into how many pieces to split `length` so that each has at most PIECE_BYTES of logits on a device of the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    n_devices = 1 if mesh.empty else mesh.size
+    n, limit = 1, max(1, PIECE_BYTES * n_devices // (4 * batch_size * vocab_size))
+    while length // n > limit and length % (2 * n) == 0:
+        n *= 2
+    return n
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def cross_entropy_sum(
+    x_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    vocab_size: int,
+    n_pieces: int,
+) -> Float[Array, ""]:
+    """Nats of the targets under softmax(x headᵀ), summed; a target of -1 does not count, ids from vocab_size on are no
+    tokens.
+
+    Logits are float32, of one of `n_pieces` of T at a time. The gradient is taken in the forward pass, while a piece's
+    logits are there, in products of the inputs' dtype that add up in float32: it costs no second pass over the head.
+    """
+    return _on_mesh(x_BTD, head_VD, targets_BT, vocab_size, n_pieces, with_gradient=False)
+
+
+def _forward(x_BTD: Any, head_VD: Any, targets_BT: Any, vocab_size: int, n_pieces: int) -> Any:
+    nats, *gradients = _on_mesh(x_BTD, head_VD, targets_BT, vocab_size, n_pieces, with_gradient=True)
+    return nats, gradients
+
+
+def _backward(vocab_size: int, n_pieces: int, gradients: Any, scale: jax.Array) -> Any:
+    dx_BTD, dhead_VD = gradients
+    return (dx_BTD * scale).astype(dx_BTD.dtype), (dhead_VD * scale).astype(dx_BTD.dtype), None
+
+
+cross_entropy_sum.defvjp(_forward, _backward)
+
+
+def _on_mesh(x_BTD: Any, head_VD: Any, targets_BT: Any, vocab_size: int, n_pieces: int, with_gradient: bool) -> Any:
+    """Each device scans its own rows over its own part of the vocabulary; sums over rows are taken once, at the end."""
+    scan = partial(_scan, vocab_size=vocab_size, n_pieces=n_pieces, with_gradient=with_gradient)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return scan(x_BTD, head_VD, targets_BT)
+    split = head_VD.shape[0] % mesh.shape["tensor"] == 0  # a small vocabulary may be whole on each device
+
+    def part(*arrays: Any) -> Any:
+        if not with_gradient:
+            return jax.lax.psum(scan(*arrays, axis="tensor" if split else None), BATCH_AXES)
+        nats, dx_BTD, dhead_VD = scan(*arrays, axis="tensor" if split else None)
+        return jax.lax.psum(nats, BATCH_AXES), dx_BTD, jax.lax.psum(dhead_VD, BATCH_AXES)
+
+    rows, head = PartitionSpec(BATCH_AXES), PartitionSpec("tensor" if split else None)
+    out = (PartitionSpec(), rows, head) if with_gradient else PartitionSpec()
+    return jax.shard_map(part, in_specs=(rows, head, rows), out_specs=out, check_vma=False)(x_BTD, head_VD, targets_BT)
+
+
+def _scan(
+    x_BTD: Any,
+    head_VD: Any,
+    targets_BT: Any,
+    vocab_size: int,
+    n_pieces: int,
+    with_gradient: bool,
+    axis: str | None = None,
+) -> Any:
+    """The sum; with_gradient also the gradient by x, and by the head in float32. V is split over the mesh's `axis`."""
+    first = 0 if axis is None else jax.lax.axis_index(axis) * head_VD.shape[0]
+    ids_11V = (first + jnp.arange(head_VD.shape[0]))[None, None]
+
+    def over_axis(collective: Any, x: jax.Array) -> jax.Array:
+        return x if axis is None else collective(x, axis)
+
+    def piece(carry: Any, inputs: Any) -> Any:
+        (nats, dhead_VD), (x_BtD, targets_Bt) = carry, inputs
+        logits_BtV = jnp.einsum("BtD,VD->BtV", x_BtD, head_VD, preferred_element_type=jnp.float32)
+        logits_BtV = jnp.where(ids_11V < vocab_size, logits_BtV, -jnp.inf)
+        most_Bt1 = over_axis(jax.lax.pmax, jnp.max(logits_BtV, axis=-1, keepdims=True))
+        sum_Bt1 = over_axis(jax.lax.psum, jnp.sum(jnp.exp(logits_BtV - most_Bt1), axis=-1, keepdims=True))
+        log_sum_Bt1 = most_Bt1 + jnp.log(sum_Bt1)
+        hit_BtV = ids_11V == targets_Bt[:, :, None]
+        counts_Bt = (targets_Bt >= 0).astype(jnp.float32)
+        own_Bt = over_axis(jax.lax.psum, jnp.sum(jnp.where(hit_BtV, logits_BtV, 0.0), axis=-1))
+        nats += jnp.sum(counts_Bt * (log_sum_Bt1[:, :, 0] - own_Bt))
+        if not with_gradient:
+            return (nats, dhead_VD), None
+        dlogits_BtV = (jnp.exp(logits_BtV - log_sum_Bt1) - hit_BtV) * counts_Bt[:, :, None]
+        dlogits_BtV = dlogits_BtV.astype(x_BtD.dtype)
+        dx_BtD = over_axis(jax.lax.psum, jnp.einsum("BtV,VD->BtD", dlogits_BtV, head_VD))
+        dhead_VD += jnp.einsum("BtV,BtD->VD", dlogits_BtV, x_BtD, preferred_element_type=jnp.float32)
+        return (nats, dhead_VD), dx_BtD
+
+    (B, T, D), t = x_BTD.shape, x_BTD.shape[1] // n_pieces
+    zero = (jnp.zeros(()), jnp.zeros(head_VD.shape, jnp.float32) if with_gradient else None)
+    if n_pieces == 1:
+        (nats, dhead_VD), dx_BTD = piece(zero, (x_BTD, targets_BT))
+        return (nats, dx_BTD, dhead_VD) if with_gradient else nats
+    split = (x_BTD.reshape(B, n_pieces, t, D).swapaxes(0, 1), targets_BT.reshape(B, n_pieces, t).swapaxes(0, 1))
+    (nats, dhead_VD), dx_PBtD = jax.lax.scan(piece, zero, split)
+    return (nats, dx_PBtD.swapaxes(0, 1).reshape(B, T, D), dhead_VD) if with_gradient else nats

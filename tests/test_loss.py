@@ -1,0 +1,73 @@
+"""The loss in pieces is the plain cross-entropy, gradients too, and never holds the logits of a whole batch."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptjax import loss
+from gptjax.loss import cross_entropy_sum, pieces_of
+
+B, T, D, V, N_TOKENS = 3, 16, 8, 40, 37
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    targets_BT = rng.integers(0, N_TOKENS, (B, T))
+    targets_BT[1, 9:] = -1
+    x_BTD, head_VD = rng.standard_normal((B, T, D)), rng.standard_normal((V, D))
+    return jnp.asarray(x_BTD, jnp.float32), jnp.asarray(head_VD, jnp.float32), jnp.asarray(targets_BT, jnp.int32)
+
+
+def plain(x_BTD, head_VD, targets_BT):
+    logits_BTV = x_BTD @ head_VD[:N_TOKENS].T
+    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, jnp.maximum(targets_BT, 0))
+    return jnp.sum(jnp.where(targets_BT >= 0, nats_BT, 0.0))
+
+
+@pytest.mark.parametrize("n_pieces", [1, 2, 16])
+def test_loss_and_gradients_are_the_plain_ones(inputs, n_pieces):
+    x_BTD, head_VD, targets_BT = inputs
+
+    def scaled(function, *weights):
+        return 0.7 * function(*weights)  # a gradient from behind that is not 1
+
+    ours = partial(scaled, lambda x, head: cross_entropy_sum(x, head, targets_BT, N_TOKENS, n_pieces))
+    theirs = partial(scaled, lambda x, head: plain(x, head, targets_BT))
+    value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(x_BTD, head_VD)
+    expected, expected_gradients = jax.value_and_grad(theirs, (0, 1))(x_BTD, head_VD)
+    # float32 sums of 41 terms of order 1, in another order.
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for ours_, theirs_ in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(ours_, theirs_, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(ours)(x_BTD, head_VD), expected, rtol=1e-5)
+
+
+def test_gradients_of_bfloat16_are_near_the_float32_ones(inputs):
+    x_BTD, head_VD, targets_BT = inputs
+    ours = jax.grad(lambda x, head: cross_entropy_sum(x, head, targets_BT, N_TOKENS, 2), (0, 1))
+    narrow = ours(x_BTD.astype(jnp.bfloat16), head_VD.astype(jnp.bfloat16))
+    for ours_, theirs_ in zip(narrow, jax.grad(plain, (0, 1))(x_BTD, head_VD, targets_BT), strict=True):
+        assert ours_.dtype == jnp.bfloat16
+        # Eight bits of mantissa in the inputs and in the result.
+        assert np.linalg.norm(ours_.astype(jnp.float32) - theirs_) < 0.02 * np.linalg.norm(theirs_)
+
+
+def test_logits_of_the_whole_batch_never_exist(inputs):
+    def compiled(n_pieces):
+        function = partial(cross_entropy_sum, vocab_size=N_TOKENS, n_pieces=n_pieces)
+        return jax.jit(jax.grad(lambda x, head, targets: function(x, head, targets))).lower(*inputs).compile().as_text()
+
+    whole = [f"f32[{B},{T},{V}]", f"f32[{B * T},{V}]"]
+    assert any(shape in compiled(1) for shape in whole), "this test does not see logits"
+    assert not any(shape in compiled(4) for shape in whole)
+
+
+def test_pieces_are_as_few_as_fit(monkeypatch):
+    monkeypatch.setattr(loss, "PIECE_BYTES", 4 * 1000 * 64)  # 64 places of 1,000 logits
+    assert [pieces_of(rows, 32, 1000) for rows in (1, 2, 4, 8, 64, 1000)] == [1, 1, 2, 4, 32, 32]
+    assert pieces_of(64, 31, 1000) == 1, "an odd length is not split"
