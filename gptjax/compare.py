@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from gptjax.config import Parser, Section, argument, option
 from gptjax.errors import UserError, one_line_errors
+from gptjax.evaluate import text_loss
 from gptjax.generate import Sampling
 from gptjax.host import keep_freed_memory
 from gptjax.language_model import Answer, LanguageModel
-from gptjax.run import write_atomically
+from gptjax.pretrained import locate, open_weights
+from gptjax.run import holds_run, write_atomically
 
 PROMPTS = Path(__file__).parent.parent / "prompts" / "case_study.txt"
 
@@ -82,9 +86,18 @@ def main(argv: Sequence[str]) -> None:
     prompts = arguments.read_prompts()
     pages = [Path(f"{arguments.out}.html"), Path(f"{arguments.out}.md")]
     pages[0].parent.mkdir(parents=True, exist_ok=True)
-    columns = [ask(name, prompts, arguments) for name in arguments.models]
-    write_atomically(pages[0], to_html(columns, prompts, arguments.temperature))
-    write_atomically(pages[1], to_markdown(columns, prompts, arguments.temperature))
+    for page in pages:
+        if page.is_dir():
+            raise UserError(f"out={arguments.out}: {page} is a folder; name another file")
+    for name in arguments.models:  # a mistake in the last name should not cost the answers of the first
+        path = locate(name)
+        if not holds_run(path):
+            open_weights(path)
+    columns: list[Column] = []
+    for name in arguments.models:
+        columns.append(ask(name, prompts, arguments))
+        write_atomically(pages[0], to_html(columns, prompts, arguments.temperature))
+        write_atomically(pages[1], to_markdown(columns, prompts, arguments.temperature))
     print(f"wrote {pages[0]} and {pages[1]}")
 
 
@@ -92,7 +105,10 @@ def ask(name: str, prompts: Sequence[str], arguments: Arguments) -> Column:
     """Load a model, put every prompt to it at every temperature, and let it go again."""
     model = LanguageModel.load(name, arguments.checkpoint, arguments.dtype)
     picture = model.folder / "loss.png"
-    column = Column(model.name, facts(model), picture.read_bytes() if picture.exists() else None, {}, {}, {})
+    alone = sum(Path(other).name == Path(name).name for other in arguments.models) == 1
+    column = Column(
+        model.name if alone else name, facts(model), picture.read_bytes() if picture.exists() else None, {}, {}, {}
+    )
     for prompt in prompts:
         print(f"{model.name}: {prompt}", file=sys.stderr)
         try:
@@ -120,8 +136,9 @@ def reply(model: LanguageModel, prompt: str, temperature: float, arguments: Argu
 
 def perplexity_per_byte(model: LanguageModel, text: str) -> float:
     """exp(nats per UTF-8 byte) of a text that begins: so models with different tokenizers can be compared."""
-    [(log_probs, _)] = model.score([(model.start(), model.tokenizer.encode(text))])
-    return math.exp(-float(log_probs.sum()) / len(text.encode()))
+    tokens = np.concatenate([model.start()[-1:], model.tokenizer.encode(text)])
+    loss = text_loss(model, tokens, model.config.block_size)
+    return math.exp(loss["nats_per_token"] * loss["tokens"] / len(text.encode()))
 
 
 def facts(model: LanguageModel) -> dict[str, str]:

@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
     for name, path in tasks:
         if not Path(path).is_file():
             raise UserError(f"{name}={path}: there is no such file")
+    questions = {name: read_jsonl(Path(path), name) for name, path in tasks if name != "text"}
     model = LanguageModel.load(arguments.model, arguments.checkpoint, arguments.dtype)
     results: dict[str, Any] = {"model": model.name}
     for name, path in tasks:
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
             tokens = read_tokens(model, Path(path))
             result = text_loss(model, tokens, arguments.block_size, arguments.stride)
         else:
-            result = {"hellaswag": hellaswag, "lambada": lambada}[name](model, read_jsonl(Path(path), name))
+            result = {"hellaswag": hellaswag, "lambada": lambada}[name](model, questions[name])
         results[name] = {"file": path} | result | {"seconds": round(time.perf_counter() - start, 3)}
     if arguments.json:
         print(json.dumps(results))
@@ -102,7 +103,7 @@ def text_loss(model: LanguageModel, tokens: Ids, block_size: int, stride: int | 
     block_size = min(block_size, model.config.block_size)
     stride = min(stride or block_size, block_size)
     nats, n_tokens = 0.0, len(tokens) - 1
-    ends = range(block_size, n_tokens + stride, stride)
+    ends = [block_size, *range(block_size + stride, n_tokens + stride, stride)]
 
     def window(end: int) -> tuple[Ids, Ids]:
         first = 1 if end == block_size else end - stride + 1
@@ -112,7 +113,8 @@ def text_loss(model: LanguageModel, tokens: Ids, block_size: int, stride: int | 
     for batch in _batches(ends, "predicting"):
         scores = model.score([window(end) for end in batch])
         nats -= sum(float(log_probs.sum(dtype=np.float64)) for log_probs, _ in scores)
-    n_bytes = len(model.tokenizer.decode(tokens).encode()) - len(model.tokenizer.decode(tokens[:1]).encode())
+    first, whole = [len(model.tokenizer.decode(part).encode()) for part in (tokens[:1], tokens)]
+    n_bytes = max(1, whole - first)
     return {
         "tokens": n_tokens,
         "bytes": n_bytes,
@@ -157,7 +159,7 @@ def read_jsonl(path: Path, task: str) -> list[dict[str, Any]]:
         UserError: a line is not such a question.
     """
     questions = []
-    for number, line in enumerate("".join(read_text(path)).splitlines(), 1):
+    for number, line in enumerate("".join(read_text(path)).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -185,6 +187,11 @@ def _checked(question: dict[str, Any], task: str) -> dict[str, Any]:
 def _pair(model: LanguageModel, context: str, continuation: str) -> tuple[Ids, Ids]:
     """The ids of both, encoded as one text, and cut in front to what the model can see."""
     n_context, ids = len(model.tokenizer.prompt(context)), model.tokenizer.prompt(context + continuation)
+    if len(ids) - n_context > model.config.block_size:
+        n, most = len(ids) - n_context, model.config.block_size
+        raise UserError(
+            f"{continuation[:40]!r}... has {n} tokens, and {model.name} sees {most}: leave that question out"
+        )
     n_cut = max(0, len(ids) - model.config.block_size - 1)
     return ids[n_cut:n_context], ids[n_context:]
 

@@ -1,6 +1,7 @@
 """The Hugging Face families that the model covers: their tensors' names and shapes, and their config.json."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -130,32 +131,49 @@ def read_config(path: Path) -> tuple[Family, ModelConfig]:
     family = values.get("model_type")
     try:
         if family == "gpt2":
-            return "gpt2", _gpt2_config(values, path)
+            return "gpt2", within_reason(_gpt2_config(values))
         if family in ("llama", "qwen2"):
-            return family, _llama_config(values, path)
+            return family, within_reason(_llama_config(values))
     except KeyError as error:
         raise UserError(f"{path} has no {error.args[0]}") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not a config of {family}: {error}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     raise UserError(f"{path}: model_type {family!r} is none of gpt2, llama, qwen2")
 
 
-def _refuse(path: Path, values: dict[str, Any], harmless: dict[str, Any]) -> None:
+def within_reason(config: ModelConfig) -> ModelConfig:
+    """Raise `UserError` for sizes that no model has: what follows would take memory in proportion to them."""
+    for name in ("vocab_size", "block_size", "n_layer", "n_embd", "mlp_width", "rope_original_block_size"):
+        most = 10_000 if name == "n_layer" else 1 << 24
+        config.require(getattr(config, name) <= most, name, f"is more than {most:,}")
+    config.require(config.vocab_size > 0, "vocab_size", "is not positive")
+    for name in ("norm_eps", "rope_theta", "rope_factor"):
+        config.require(math.isfinite(getattr(config, name)), name, "is not a finite number")
+    return config
+
+
+def _refuse(values: dict[str, Any], harmless: dict[str, Any]) -> None:
     """Raise `UserError` where a feature is on that changes the model and is not here."""
     for name, off in harmless.items():
         if values.get(name, off) not in (off, None):
-            raise UserError(f"{path}: {name}={values[name]!r} is not supported; only {off!r} is")
+            raise UserError(f"{name}={values[name]!r} is not supported; only {off!r} is")
 
 
-def _gpt2_config(values: dict[str, Any], path: Path) -> ModelConfig:
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
+
+
+def _gpt2_config(values: dict[str, Any]) -> ModelConfig:
     harmless = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    _refuse(path, values, harmless)
+    _refuse(values, harmless)
     forms: dict[str, Any] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf"}
     activation = values.get("activation_function", "gelu_new")
     if activation not in forms:
-        raise UserError(f"{path}: activation_function {activation!r} is none of {', '.join(forms)}")
+        raise UserError(f"activation_function {activation!r} is none of {', '.join(forms)}")
     return ModelConfig(
         vocab_size=values["vocab_size"],
         block_size=values.get("n_positions", values.get("n_ctx", 1024)),
@@ -164,29 +182,29 @@ def _gpt2_config(values: dict[str, Any], path: Path) -> ModelConfig:
         n_embd=values["n_embd"],
         mlp_width=values.get("n_inner") or 0,
         activation=forms[activation],
-        norm_eps=values.get("layer_norm_epsilon", 1e-5),
+        norm_eps=_number(values.get("layer_norm_epsilon", 1e-5)),
         bias=True,
         tied_head=values.get("tie_word_embeddings", True),
     )
 
 
-def _llama_config(values: dict[str, Any], path: Path) -> ModelConfig:
+def _llama_config(values: dict[str, Any]) -> ModelConfig:
     qwen = values["model_type"] == "qwen2"
     harmless = {"hidden_act": "silu", "use_sliding_window": False}
     n_head, n_embd = values["num_attention_heads"], values["hidden_size"]
-    _refuse(path, values, harmless | {"head_dim": n_embd // max(n_head, 1)})
+    _refuse(values, harmless | {"head_dim": n_embd // max(n_head, 1)})
     if not qwen:
-        _refuse(path, values, {"mlp_bias": values.get("attention_bias", False)})
+        _refuse(values, {"mlp_bias": values.get("attention_bias", False)})
     rope = (values.get("rope_scaling") or {}) | (values.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise UserError(f"{path}: rope_type {kind!r} is not supported; only 'default' and 'llama3' are")
-    _refuse(path, rope, {"low_freq_factor": ROPE_LOW, "high_freq_factor": ROPE_HIGH})
+        raise UserError(f"rope_type {kind!r} is not supported; only 'default' and 'llama3' are")
+    _refuse(rope, {"low_freq_factor": ROPE_LOW, "high_freq_factor": ROPE_HIGH})
     scaled = (
         {}
         if kind == "default"
         else {
-            "rope_factor": float(rope["factor"]),
+            "rope_factor": _number(rope["factor"]),
             "rope_original_block_size": rope["original_max_position_embeddings"],
         }
     )
@@ -200,9 +218,9 @@ def _llama_config(values: dict[str, Any], path: Path) -> ModelConfig:
         mlp_width=values["intermediate_size"],
         activation="swiglu",
         norm="rmsnorm",
-        norm_eps=values.get("rms_norm_eps", 1e-6),
+        norm_eps=_number(values.get("rms_norm_eps", 1e-6)),
         position="rope",
-        rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
+        rope_theta=_number(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
         bias=bool(values.get("attention_bias", False)) and not qwen,
         qkv_bias=qwen,
         tied_head=values.get("tie_word_embeddings", False),

@@ -224,7 +224,10 @@ def _generate(
             chunk, n_new = Chunk(*(np.asarray(values)[:, :n_kept] for values in new)), n_new + n_kept
             rows = [np.append(row, tokens) for row, tokens in zip(rows, chunk.tokens_BC, strict=True)]
             if memory is not None:
-                memory.tokens, memory.cache = rows[0][:block_size], cache
+                memory.tokens, memory.cache = (
+                    rows[0][: cache.keys.shape[2] - 1],
+                    cache,
+                )  # surplus went to the last place
             yield chunk
         if sampling.context == "exact":
             break

@@ -17,7 +17,7 @@ from gptjax.errors import UserError
 from gptjax.families import draw_params, read_json
 from gptjax.generate import Ids, Memory, Sampling, generate
 from gptjax.model import GPT
-from gptjax.pretrained import load_params, locate, merge_lora, open_weights
+from gptjax.pretrained import load_params, locate, merge_lora, open_weights, tokenizer_of
 from gptjax.run import holds_run, load_run, trained_tokens
 from gptjax.sharding import one_device, with_shardings
 from gptjax.tokenizer import TextStream, Tokenizer
@@ -64,17 +64,22 @@ class LanguageModel:
         path = locate(name)
         if holds_run(path):
             run, params, tokenizer = load_run(path, which)
-            config, seen = run.model, trained_tokens(path, which)
+            config, seen = run.model, None if run.init_from else trained_tokens(path, which)
             config = config if dtype == "auto" else replace(config, dtype=dtype)
         else:
             weights, seen = open_weights(path), None
             on_cpu = jax.default_backend() == "cpu"
             chosen = dtype if dtype != "auto" else "float32" if on_cpu else "bfloat16"
             config = replace(weights.config, dtype=chosen)
-            tokenizer = _tokenizer(path, config)
+            tokenizer = Tokenizer.from_name_or_path(tokenizer_of(path, config))
             abstract = jax.eval_shape(lambda: draw_params(config, 0))
             abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, chosen), abstract)
             params = load_params(weights, config, with_shardings(one_device(), abstract))
+            if tokenizer.vocab_size > config.vocab_size:
+                raise UserError(
+                    f"{path / 'tokenizer.json'} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
+                    "they do not belong together"
+                )
         folder = path if path.is_dir() else path.parent
         config, params = merge_lora(config, params)
         variables = chat.special_tokens(folder)
@@ -101,6 +106,8 @@ class LanguageModel:
                 f"{self.name} has no chat template, so it is no chat model; pass --prompt instead of --chat"
             )
         text = chat.render(self.template, messages, self.variables, add_generation_prompt=True)
+        if not text:
+            raise UserError(f"the chat template of {self.name} makes nothing of a conversation; pass --prompt instead")
         return self.tokenizer.encode(text, special=True)
 
     def start(self) -> Ids:
@@ -139,7 +146,10 @@ class LanguageModel:
         """For each (context, continuation): log-probabilities in nats of the continuation's tokens, and which of them
         are the likeliest.
 
-        A text is cut in front to block_size + 1 tokens, of which the continuation must leave one for the context.
+        A text is cut in front to block_size + 1 tokens.
+
+        Raises:
+            UserError: a continuation leaves none of these to its context.
         """
         scored: list[Any] = [None] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
@@ -197,9 +207,9 @@ class _Row:
     def _show(self, piece: str, stop: Sequence[str]) -> None:
         """Add to the text what cannot be part of a stop string any more; end it where there is one."""
         text = self.held + piece
-        found = [at for word in stop if (at := text.find(word)) >= 0]
-        if found:
-            self.answer.text, self.held, self.answer.ended = self.answer.text + text[: min(found)], "", True
+        found = [(at + len(word), at) for word in stop if (at := text.find(word)) >= 0]
+        if found:  # the one that is whole first, however the text came in pieces
+            self.answer.text, self.held, self.answer.ended = self.answer.text + text[: min(found)[1]], "", True
             return
         n_held = max((n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
         self.answer.text, self.held = self.answer.text + text[: len(text) - n_held], text[len(text) - n_held :]
@@ -210,29 +220,23 @@ class _Row:
             self.answer.text, self.held = self.answer.text + self.held, ""
 
 
-def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
-    """The folder's tokenizer; for a ckpt.pt one beside it, or GPT-2's where the vocabulary is GPT-2's."""
-    if path.is_dir():
-        return Tokenizer.from_name_or_path(str(path))
-    if (path.parent / "tokenizer.json").exists():
-        return Tokenizer.load(path.parent / "tokenizer.json")
-    if config.vocab_size in (50257, 50304):  # nanoGPT pads to the latter
-        return Tokenizer.from_name_or_path("gpt2")
-    raise UserError(
-        f"{path} was trained with a tokenizer of its own: put its tokenizer.json beside it; for a nanoGPT meta.pkl "
-        "`python -m gptjax.data convert-meta PATH/meta.pkl` makes one"
-    )
-
-
 def _manners(folder: Path, tokenizer: Tokenizer, variables: dict[str, str]) -> tuple[frozenset[int], dict[str, Any]]:
     """The tokens that end an answer, and the sampling rules of generation_config.json."""
     stops, defaults = {tokenizer.token_id(variables.get("eos_token", "")), tokenizer.end_of_text}, dict[str, Any]()
-    if (folder / "generation_config.json").exists():
-        values = read_json(folder / "generation_config.json")
+    path = folder / "generation_config.json"
+    if path.exists():
+        values = read_json(path)
         end = values.get("eos_token_id")
-        stops |= set(end if isinstance(end, list) else [end])
-        names = ("temperature", "top_k", "top_p", "repetition_penalty")
-        defaults = {name: values[name] for name in names if values.get(name) is not None}
+        ends = end if isinstance(end, list) else [] if end is None else [end]
+        kinds: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float}
+        defaults = {name: values[name] for name in kinds if values.get(name) is not None}
+        fits = {name: isinstance(value, int | kinds[name]) and value >= 0 for name, value in defaults.items()}
+        fits |= {"eos_token_id": all(isinstance(token, int) for token in ends)}
+        fits |= {"repetition_penalty": defaults.get("repetition_penalty", 1) != 0} if all(fits.values()) else {}
+        for name, right in fits.items():
+            if not right:
+                raise UserError(f"{path}: {name}={values[name]!r} makes no sense")
+        stops |= set(ends)
         if values.get("do_sample") is False:
             defaults["temperature"] = 0.0
-    return frozenset(token for token in stops if isinstance(token, int)), defaults
+    return frozenset(token for token in stops if token is not None), defaults

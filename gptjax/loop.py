@@ -61,8 +61,10 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
     if origin:
         config = origin.adapt(config)
     elif config.init_from and saved:
-        config = Origin.of_run(saved).adapt(config)
+        config = Origin.of_run(saved, run_dir).adapt(config)
     dataset = load_dataset(config.data)
+    if origin:
+        origin.require_fit(dataset, run_dir)
     config = resolve(config, dataset)
     mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate)
     config = replace(config, mesh=MeshConfig(**mesh.shape))  # what a resumed run needs to be the same bit for bit
@@ -76,6 +78,7 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
         run = Run(config, run_dir, dataset, mesh, compile_steps(config, mesh), latest, best)
         stop = stack.enter_context(StopSignal())
         state, progress = _resume(run) if resume else (_start(run, origin), Progress(dataset.fingerprint()))
+        origin = None  # or its parameters would stay
         if int(state.step) >= config.train.max_steps:
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
             return 0
@@ -184,6 +187,12 @@ def resolve(config: Config, dataset: Dataset) -> Config:
         UserError: the vocabulary is too small for the tokenizer, or the text too short for a block.
     """
     dataset.require(config.model.block_size)
+    if config.model.lora_rank:
+        config.model.require(
+            config.init_from is not None, "lora_rank", "without --init_from would train random weights"
+        )
+        gate_only = config.model.lora_layers == "gate" and config.model.activation != "swiglu"
+        config.model.require(not gate_only, "lora_layers", "names no layer that this model has: only SwiGLU has a gate")
     n_tokens, vocab_size = dataset.tokenizer.vocab_size, config.model.vocab_size
     if 0 < vocab_size < n_tokens:
         raise UserError(f"model.vocab_size={vocab_size} is less than the tokenizer's {n_tokens}; leave it out")

@@ -7,8 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import Config, DataConfig, ModelConfig
-from gptjax.pretrained import SIDE_FILES, adopt, load_params, locate, merge_lora, open_weights, reuse_params
+from gptjax.data.prepare import Dataset
+from gptjax.errors import UserError
+from gptjax.pretrained import (
+    SIDE_FILES,
+    adopt,
+    load_params,
+    locate,
+    merge_lora,
+    open_weights,
+    reuse_params,
+    tokenizer_of,
+)
 from gptjax.run import holds_run, load_run
+from gptjax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -16,7 +28,7 @@ class Origin:
     """Weights to start from, looked at and not yet read."""
 
     config: ModelConfig
-    tokenizer: str | None  # as data.tokenizer names it; None: the corpus's own, as of nanoGPT's ckpt.pt of characters
+    tokenizer: str  # as data.tokenizer names it
     folder: Path
     load: Callable[[ModelConfig, Any, int], Any]  # config, abstract parameters, seed of what is new -> parameters
 
@@ -27,14 +39,25 @@ class Origin:
             UserError: it sets something that the weights do not have.
         """
         named = config.data.tokenizer != DataConfig().tokenizer
-        tokenizer = config.data.tokenizer if named else self.tokenizer or config.data.tokenizer
-        data = replace(config.data, tokenizer=tokenizer)
+        data = config.data if named else replace(config.data, tokenizer=self.tokenizer)
         return replace(config, model=adopt(config.model, self.config), data=data)
 
     @staticmethod
-    def of_run(saved: Config) -> "Origin":
-        """What a run that is resumed once started from: its config names everything, its checkpoint has the weights."""
-        return Origin(saved.model, saved.data.tokenizer, Path(), lambda *arguments: None)
+    def of_run(saved: Config, run_dir: Path) -> "Origin":
+        """What a run that is resumed once started from, which may be gone: the run has a copy of all that it needs."""
+        tokenizer = saved.data.tokenizer if Path(saved.data.tokenizer).exists() else str(run_dir / "tokenizer.json")
+        return Origin(saved.model, tokenizer, run_dir, lambda *arguments: None)
+
+    def require_fit(self, dataset: Dataset, run_dir: Path) -> None:
+        """Raise `UserError` unless the tokens are of the weights' own tokenizer, and the run has a folder of its own."""
+        own = Tokenizer.from_name_or_path(self.tokenizer)
+        if own.vocabulary() != dataset.tokenizer.vocabulary():
+            raise UserError(
+                f"{dataset.folder} was made with another tokenizer than the weights of {self.folder}: "
+                f"pass --data.tokenizer {self.tokenizer}, and a --data.source of text"
+            )
+        if run_dir.resolve() == self.folder.resolve():
+            raise UserError(f"out_dir={run_dir} is where the weights to start from are: name another --out_dir")
 
     def copy_side_files(self, run_dir: Path) -> None:
         """Keep the chat template, the stop tokens and the like with the run, which then needs nothing else."""
@@ -54,10 +77,9 @@ def open_origin(name: str) -> Origin:
         return _open_run(path)
     weights = open_weights(path)
     folder = path if path.is_dir() else path.parent
-    tokenizer: str | None = str(folder)
-    if not path.is_dir() and not (folder / "tokenizer.json").exists():
-        tokenizer = "gpt2" if weights.config.vocab_size in (50257, 50304) else None  # nanoGPT pads to the latter
-    return Origin(weights.config, tokenizer, folder, lambda *arguments: load_params(weights, *arguments))
+    return Origin(
+        weights.config, tokenizer_of(path, weights.config), folder, lambda *arguments: load_params(weights, *arguments)
+    )
 
 
 def _open_run(path: Path) -> Origin:

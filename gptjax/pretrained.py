@@ -36,6 +36,7 @@ from gptjax.families import (
     path_of,
     read_config,
     read_json,
+    within_reason,
 )
 from gptjax.host import peak_host_memory
 from gptjax.tokenizer import END_OF_TEXT
@@ -100,7 +101,7 @@ def open_weights(path: Path) -> Weights:
         if name not in found:
             raise UserError(f"{path} lacks the tensor {name} {list(wanted[name])} that its config asks for")
         if name not in wanted:
-            raise UserError(f"{path} has a tensor {name} {list(found[name])} that its config has no place for")
+            raise UserError(f"{path} has a tensor {_shown(name)} {list(found[name])} that its config has no place for")
         if found[name] != wanted[name]:
             raise UserError(f"{path}: {name} is {list(found[name])}, and its config asks for {list(wanted[name])}")
     return weights
@@ -110,7 +111,7 @@ def load_params(weights: Weights, config: ModelConfig, abstract: Any, seed: int 
     """The parameters of `config` with the shapes, dtypes and shardings of `abstract`, tensor by tensor put in place.
 
     There may be fewer positions than in the checkpoint (its first ones are kept), a padded vocabulary (with zeros),
-    and LoRA's updates, drawn from `seed`. The host never holds more than one tensor beside the parameters themselves.
+    and LoRA's updates, drawn from `seed`. The host holds little more than one tensor beside the parameters themselves.
     """
     start, places = time.perf_counter(), expected_tensors(weights.config, weights.family)
     leaves = {path_of(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
@@ -143,10 +144,26 @@ def reuse_params(params: Any, config: ModelConfig, abstract: Any, seed: int = 0)
     drawn = _draw_lora(config, {path: leaf.sharding for path, leaf in leaves.items() if "lora_" in path}, seed)
     known = {path_of(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(params)}
     known["position_embedding"] = known.get("position_embedding", np.zeros(0))[: config.block_size]
-    filled = {
-        path: drawn[path] if path in drawn else jax.device_put(known[path], leaves[path].sharding) for path in leaves
-    }
+    filled = {path: drawn[path] if path in drawn else _padded(np.asarray(known[path]), leaves[path]) for path in leaves}
     return jax.tree_util.tree_map_with_path(lambda key, _: filled[path_of(key)], abstract)
+
+
+def tokenizer_of(path: Path, config: ModelConfig) -> str:
+    """The folder's tokenizer as data.tokenizer names it; a ckpt.pt's is beside it, or GPT-2's if the vocabulary is.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if path.is_dir():
+        return str(path)
+    if (path.parent / "tokenizer.json").exists():
+        return str(path.parent / "tokenizer.json")
+    if config.vocab_size in (50257, 50304):  # nanoGPT pads to the latter
+        return "gpt2"
+    raise UserError(
+        f"{path} was trained with a tokenizer of its own: put its tokenizer.json beside it; for a nanoGPT meta.pkl "
+        "`python -m gptjax.data convert-meta PATH/meta.pkl` makes one"
+    )
 
 
 def adopt(config: ModelConfig, checkpoint: ModelConfig) -> ModelConfig:
@@ -242,6 +259,8 @@ def _open_folder(folder: Path) -> Weights:
         for name, (info, start) in header.items():
             # The hub's own GPT-2 files leave out the prefix that transformers writes.
             full = f"transformer.{name}" if family == "gpt2" and re.match(r"(h\.\d+|wte|wpe|ln_f)\.", name) else name
+            if full in owners:
+                raise UserError(f"{folder} has {_shown(full)} twice, in {owners[full][0].name} and in {path.name}")
             if not spare.search(full):
                 owners[full] = (path, info, start)
 
@@ -268,7 +287,7 @@ def _files(folder: Path) -> list[Path]:
         raise UserError(f"{folder / _INDEX} has no weight_map of tensors to files")
     files = sorted(set(names.values()))
     for name in files:
-        if Path(name).name != name:
+        if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{folder / _INDEX} names {name!r}, which is not a file of its own folder")
         if not (folder / name).exists():
             raise UserError(f"{folder} lacks {name}, which {_INDEX} names: copy it there, or download it again")
@@ -294,11 +313,16 @@ def _read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{path}: {name} is {entry['dtype']}; only {', '.join(_DTYPES)} are read")
+            raise UserError(f"{path}: {_shown(name)} is {entry['dtype']}; only {', '.join(_DTYPES)} are read")
     return {
         name: (TensorInfo(jnp.dtype(_DTYPES[e["dtype"]]), tuple(e["shape"])), 8 + n_header + e["data_offsets"][0])
         for name, e in header.items()
     }
+
+
+def _shown(name: str) -> str:
+    """A name out of a file, as it may go to a terminal."""
+    return name if name.isprintable() else repr(name)
 
 
 def _open_nanogpt(path: Path) -> Weights:
@@ -308,17 +332,22 @@ def _open_nanogpt(path: Path) -> Weights:
         raise UserError(f"reading {path} takes PyTorch: pip install torch") from error
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        arguments = dict(checkpoint["model_args"])
+        arguments = {name: checkpoint["model_args"][name] for name in checkpoint["model_args"]}
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
-        config = ModelConfig(activation="gelu_erf", **arguments)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(
-            f"{path} is no checkpoint of nanoGPT that can be read without running code: {reason}"
-        ) from error
+    except Exception as error:  # torch's own words tell how to run what is in the file
+        raise UserError(f"{path} is no checkpoint of nanoGPT that can be read without running code") from error
+    unknown = arguments.keys() - {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+    if unknown:
+        raise UserError(f"{path}: nanoGPT's model has no {', '.join(map(str, unknown))}")
+    try:
+        config = within_reason(ModelConfig(activation="gelu_erf", **arguments))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     state = {n: t for n, t in state.items() if not SPARE.search(n) and n != "lm_head.weight"}
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.dtype not in floats:
+            raise UserError(f"{path}: {_shown(name)} is no tensor of float32, bfloat16 or float16")
     tensors = {
         name: TensorInfo(jnp.dtype(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
         for name, tensor in state.items()
@@ -414,7 +443,7 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser("python -m gptjax.pretrained", __doc__)
     parser.add_fields(Arguments())
     [arguments] = parser.parse(argv, Arguments())
-    folder = Path(arguments.folder)
+    folder = Path(arguments.folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: name a folder that is not")
     model = LanguageModel.load(arguments.source, arguments.checkpoint, "float32")

@@ -29,6 +29,7 @@ FREE_ON_RESUME = {
     "train.log_interval",
     "train.patience",
     "data.source",
+    "data.tokenizer",
     "data.sha256",
     "data.dir",
     "mesh.data",  # another mesh adds the same numbers in another order

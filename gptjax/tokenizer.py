@@ -113,6 +113,10 @@ class Tokenizer:
             return np.zeros(1, np.int32)
         return self.encode(text or "\n")
 
+    def vocabulary(self) -> dict[str, int]:
+        """Text of every token -> its id."""
+        return self._library.get_vocab(with_added_tokens=True)
+
     @property
     def kind(self) -> str:
         """In words: characters, byte-level BPE, or the library's name of it."""
@@ -132,6 +136,10 @@ class Tokenizer:
         return none if self._id_of_code_point is not None else self._encode("", special=True, begin=True)
 
     def _encode(self, text: str, *, special: bool, begin: bool) -> Int32[np.ndarray, " T"]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is no Unicode at index {error.start}: pass it as UTF-8") from error
         self._library.encode_special_tokens = not special  # the library's word for special tokens read as plain text
         ids = self._library.encode(text, add_special_tokens=begin).ids
         self._library.encode_special_tokens = True

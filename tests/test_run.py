@@ -53,7 +53,7 @@ OTHER = {
     "model.attention": "plain", "model.layers": "looped", "model.remat": "full",
     "optimizer.decay_steps": 2000, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
 }  # fmt: skip
-FREE = """model.attention model.layers model.remat data.source data.sha256 data.dir train.eval_interval
+FREE = """model.attention model.layers model.remat data.tokenizer data.source data.sha256 data.dir train.eval_interval
 train.eval_batches train.save_interval train.log_interval train.patience mesh.data mesh.fsdp mesh.tensor optimizer.decay_steps""".split()
 
 
