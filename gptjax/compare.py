@@ -138,7 +138,7 @@ def perplexity_per_byte(model: LanguageModel, text: str) -> float:
     """exp(nats per UTF-8 byte) of a text that begins: so models with different tokenizers can be compared."""
     tokens = np.concatenate([model.start()[-1:], model.tokenizer.encode(text)])
     loss = text_loss(model, tokens, model.config.block_size)
-    return math.exp(loss["nats_per_token"] * loss["tokens"] / len(text.encode()))
+    return math.exp(loss["nats_per_token"] * len(tokens[1:]) / len(text.encode()))
 
 
 def facts(model: LanguageModel) -> dict[str, str]:
@@ -166,11 +166,11 @@ def to_markdown(columns: Sequence[Column], prompts: Sequence[str], temperatures:
     lines.append("|---" * (len(columns) + 1) + "|")
     lines += [f"| {name} | " + " | ".join(_cell(column.facts[name]) for column in columns) + " |" for name in names]
     for prompt in prompts:
-        lines += ["", f"## {prompt}"]
+        lines += ["", f"## {_cell(prompt)}"]
         for column in columns:
-            lines += ["", f"### {column.name}"]
+            lines += ["", f"### {_cell(column.name)}"]
             if prompt in column.problems:
-                lines += ["", column.problems[prompt]]
+                lines += ["", _cell(column.problems[prompt])]
                 continue
             lines += ["", f"Perplexity of the prompt: {column.perplexity[prompt]:.2f} per byte."]
             for temperature in temperatures:
@@ -231,7 +231,8 @@ def _how(given: Reply) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    """Text in Markdown, and in a cell of its tables."""
+    return text.replace("<", "\\<").replace("|", "\\|")
 
 
 def _longest_run(text: str) -> int:

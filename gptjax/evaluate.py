@@ -95,7 +95,7 @@ def read_tokens(model: LanguageModel, path: Path) -> Ids:
     return ids
 
 
-def text_loss(model: LanguageModel, tokens: Ids, block_size: int, stride: int | None = None) -> dict[str, float]:
+def text_loss(model: LanguageModel, tokens: Ids, block_size: int, stride: int | None = None) -> dict[str, Any]:
     """Loss and perplexity of all tokens but the first, which has nothing before it.
 
     A window has `block_size` tokens to see, or what the model can; of each but the first its last `stride` count.
@@ -107,8 +107,7 @@ def text_loss(model: LanguageModel, tokens: Ids, block_size: int, stride: int | 
 
     def window(end: int) -> tuple[Ids, Ids]:
         first = 1 if end == block_size else end - stride + 1
-        end = min(end, n_tokens)
-        return tokens[max(end - block_size, 0) : first], tokens[first : end + 1]
+        return tokens[max(end - block_size, 0) : first], tokens[first : min(end, n_tokens) + 1]
 
     for batch in _batches(ends, "predicting"):
         scores = model.score([window(end) for end in batch])
@@ -125,7 +124,7 @@ def text_loss(model: LanguageModel, tokens: Ids, block_size: int, stride: int | 
     }
 
 
-def hellaswag(model: LanguageModel, questions: Sequence[dict[str, Any]]) -> dict[str, float]:
+def hellaswag(model: LanguageModel, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How often the right ending is the likeliest, as it is and per character (lm-evaluation-harness's acc_norm)."""
     right = right_per_character = 0
     for batch in _batches(questions, "choosing"):
@@ -140,7 +139,7 @@ def hellaswag(model: LanguageModel, questions: Sequence[dict[str, Any]]) -> dict
     return {"questions": n, "accuracy": right / n, "accuracy_per_character": right_per_character / n}
 
 
-def lambada(model: LanguageModel, questions: Sequence[dict[str, Any]]) -> dict[str, float]:
+def lambada(model: LanguageModel, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How often every token of the last word is the likeliest, and the perplexity of these words."""
     right, nats = 0, 0.0
     for batch in _batches(questions, "predicting"):
@@ -178,9 +177,10 @@ def _checked(question: dict[str, Any], task: str) -> dict[str, Any]:
         context, word = question["text"].strip().rsplit(" ", 1)
         return {"text": f"{context} {word}"}
     texts = [question["ctx"], *question["endings"]]
-    if not all(isinstance(text, str) and text for text in texts):
+    if not isinstance(question["endings"], list) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError("ctx and endings are not all texts")
-    question["endings"][int(question["label"])]
+    if not 0 <= int(question["label"]) < len(question["endings"]):
+        raise ValueError(f"label {question['label']} is none of its endings")
     return question
 
 
@@ -204,8 +204,8 @@ def _batches(items: Sequence[Any], what: str) -> Iterator[tuple[Any, ...]]:
             bar.advance(task, len(batch))
 
 
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
+def _exp(nats: float) -> float | None:
+    return math.exp(nats) if nats < 700 else None  # infinity is no JSON
 
 
 if __name__ == "__main__":

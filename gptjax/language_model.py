@@ -231,11 +231,13 @@ def _manners(folder: Path, tokenizer: Tokenizer, variables: dict[str, str]) -> t
         kinds: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float}
         defaults = {name: values[name] for name in kinds if values.get(name) is not None}
         fits = {name: isinstance(value, int | kinds[name]) and value >= 0 for name, value in defaults.items()}
+        fits |= {"top_p": fits["top_p"] and defaults["top_p"] <= 1} if "top_p" in fits else {}
         fits |= {"eos_token_id": all(isinstance(token, int) for token in ends)}
         fits |= {"repetition_penalty": defaults.get("repetition_penalty", 1) != 0} if all(fits.values()) else {}
         for name, right in fits.items():
             if not right:
                 raise UserError(f"{path}: {name}={values[name]!r} makes no sense")
+        defaults = {name: kinds[name](value) for name, value in defaults.items()}
         stops |= set(ends)
         if values.get("do_sample") is False:
             defaults["temperature"] = 0.0

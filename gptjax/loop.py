@@ -21,7 +21,7 @@ from gptjax.data.prepare import Dataset, load_dataset
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, generate
 from gptjax.metrics import Metrics
-from gptjax.origin import Origin, open_origin
+from gptjax.origin import Origin, open_origin, resumed
 from gptjax.run import load_run, require_resumable, write_atomically
 from gptjax.sharding import batch_sharding, make_mesh
 from gptjax.training import Steps, TrainState, compile_steps
@@ -61,7 +61,7 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
     if origin:
         config = origin.adapt(config)
     elif config.init_from and saved:
-        config = Origin.of_run(saved, run_dir).adapt(config)
+        config = resumed(config, saved, run_dir)
     dataset = load_dataset(config.data)
     if origin:
         origin.require_fit(dataset, run_dir)
@@ -188,11 +188,9 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     """
     dataset.require(config.model.block_size)
     if config.model.lora_rank:
-        config.model.require(
-            config.init_from is not None, "lora_rank", "without --init_from would train random weights"
-        )
+        config.model.require(config.init_from is not None, "lora_rank", "without --init_from trains random weights")
         gate_only = config.model.lora_layers == "gate" and config.model.activation != "swiglu"
-        config.model.require(not gate_only, "lora_layers", "names no layer that this model has: only SwiGLU has a gate")
+        config.model.require(not gate_only, "lora_layers", "is no layer of this model: only SwiGLU has a gate")
     n_tokens, vocab_size = dataset.tokenizer.vocab_size, config.model.vocab_size
     if 0 < vocab_size < n_tokens:
         raise UserError(f"model.vocab_size={vocab_size} is less than the tokenizer's {n_tokens}; leave it out")

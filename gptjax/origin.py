@@ -42,14 +42,8 @@ class Origin:
         data = config.data if named else replace(config.data, tokenizer=self.tokenizer)
         return replace(config, model=adopt(config.model, self.config), data=data)
 
-    @staticmethod
-    def of_run(saved: Config, run_dir: Path) -> "Origin":
-        """What a run that is resumed once started from, which may be gone: the run has a copy of all that it needs."""
-        tokenizer = saved.data.tokenizer if Path(saved.data.tokenizer).exists() else str(run_dir / "tokenizer.json")
-        return Origin(saved.model, tokenizer, run_dir, lambda *arguments: None)
-
     def require_fit(self, dataset: Dataset, run_dir: Path) -> None:
-        """Raise `UserError` unless the tokens are of the weights' own tokenizer, and the run has a folder of its own."""
+        """Raise `UserError` unless the tokens are of the weights' own tokenizer, and the run has its own folder."""
         own = Tokenizer.from_name_or_path(self.tokenizer)
         if own.vocabulary() != dataset.tokenizer.vocabulary():
             raise UserError(
@@ -64,6 +58,15 @@ class Origin:
         for name in SIDE_FILES:
             if (self.folder / name).exists():
                 shutil.copyfile(self.folder / name, run_dir / name)
+
+
+def resumed(config: Config, saved: Config, run_dir: Path) -> Config:
+    """The config of a run that goes on and started from weights that may be gone: it has a copy."""
+    before = saved.data.tokenizer
+    if config.data.tokenizer in (DataConfig().tokenizer, before):
+        tokenizer = before if before == "gpt2" or Path(before).exists() else str(run_dir / "tokenizer.json")
+        config = replace(config, data=replace(config.data, tokenizer=tokenizer))
+    return replace(config, model=adopt(config.model, saved.model))
 
 
 def open_origin(name: str) -> Origin:

@@ -246,7 +246,7 @@ def test_rope_sees_distances_alone():
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize("layers", ["unrolled", "looped"])
+@pytest.mark.parametrize("layers", [pytest.param("unrolled", marks=pytest.mark.slow), "looped"])
 def test_computing_again_changes_no_gradient_and_holds_less(scramble, remat, layers, assert_trees_close):
     config = replace(TINY, n_layer=4, layers=layers, dropout=0.1, block_size=64)
     params, windows_BW, key = scramble(config), tokens_of(config, batch=8, length=65), jax.random.key(0)

@@ -54,7 +54,8 @@ OTHER = {
     "optimizer.decay_steps": 2000, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
 }  # fmt: skip
 FREE = """model.attention model.layers model.remat data.tokenizer data.source data.sha256 data.dir train.eval_interval
-train.eval_batches train.save_interval train.log_interval train.patience mesh.data mesh.fsdp mesh.tensor optimizer.decay_steps""".split()
+train.eval_batches train.save_interval train.log_interval train.patience mesh.data mesh.fsdp mesh.tensor
+optimizer.decay_steps""".split()
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,9 @@ def test_sampling_several_from_standard_input(trained, folder):
     assert all(text.startswith("light ") for text in out.split("\n---------------\n"))
 
 
-@pytest.mark.parametrize(("devices", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("devices", "number"), [(2, signal.SIGTERM), pytest.param(1, signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_resumes_bit_for_bit(folder, devices, number):
     """With dropout, accumulation and evaluations at other steps than checkpoints."""
     options = [*TINY, "--model.dropout", "0.1", "--train.accumulate", "2", "--train.max_steps", "200"]

@@ -1,0 +1,413 @@
+"""Evaluation: every token counts once with the context it should have, and what is right is known by hand."""
+
+import json
+import math
+from dataclasses import replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import tokenizers
+
+from gptjax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from gptjax.data.prepare import Dataset
+from gptjax.data.token_files import Tokens, write_tokens
+from gptjax.errors import UserError
+from gptjax.evaluate import hellaswag, lambada, main, read_tokens, text_loss
+from gptjax.language_model import LanguageModel
+from gptjax.loop import Run, validation_loss
+from gptjax.model import GPT
+from gptjax.pretrained import export
+from gptjax.sharding import make_mesh
+from gptjax.tokenizer import Tokenizer
+from gptjax.training import compile_steps
+
+ALPHABET = "\n .abcdefgé你"
+BLOCK = 12
+CONFIG = ModelConfig(
+    vocab_size=len(ALPHABET), block_size=BLOCK, n_layer=1, n_head=2, n_embd=16, bias=True, dtype="float32"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_time_is_lost():
+    """Half of it would be XLA's optimizations, and much of the rest loading one folder again and again."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModel, "load", cache(LanguageModel.load))
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def model_of(config, params, tokenizer, folder, name="model"):
+    return LanguageModel(name, config, params, tokenizer, None, {}, frozenset(), {}, None, folder)
+
+
+@pytest.fixture(scope="module")
+def model(scramble, tmp_path_factory):
+    """Weights far from their initialization, so that a token too much or too little of context shows."""
+    params = scramble(CONFIG)
+    params["position_embedding"] *= 3
+    return model_of(CONFIG, params, Tokenizer.characters(ALPHABET), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def folder(model):
+    export(model.folder, model.config, model.params, "float32")
+    model.tokenizer.save(model.folder / "tokenizer.json")
+    return model.folder
+
+
+def bigram(config, log_probs_VV):
+    """Parameters for a next token that depends on the last one alone: attention and MLP are off, the head is the table.
+
+    The embedding of token i is 100 at place i, of which LayerNorm makes a (e_i - 1 / D); its bias adds the a / D again.
+    """
+    (n, _), width = log_probs_VV.shape, config.n_embd
+    shapes = jax.eval_shape(lambda: GPT(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    a = width / math.sqrt(width - 1)
+    params["token_embedding"] = 100 * jnp.eye(n, width)
+    params["final_norm"] = {"scale": jnp.ones(width), "bias": jnp.full(width, a / width)}
+    params["head"] = params["head"].at[:, :n].set(log_probs_VV.T / a)
+    return params
+
+
+@pytest.fixture(scope="module")
+def chooser(tmp_path_factory):
+    """A word "d" is what it expects; after a letter comes a space, but after "b" comes "c"."""
+    table = {" ": {"d": 0.7, "b": 0.2}, "a": {" ": 0.6}, "b": {"c": 0.9}, "c": {" ": 0.6}, "d": {" ": 0.6}}
+    alphabet = " abcd"
+    rows = []
+    for character in alphabet:
+        likely = table[character]
+        rest = (1 - sum(likely.values())) / (len(alphabet) - len(likely))
+        rows.append([likely.get(other, rest) for other in alphabet])
+    config = replace(CONFIG, vocab_size=len(alphabet), block_size=32, tied_head=False)
+    params = bigram(config, np.log(rows))
+    model = model_of(config, params, Tokenizer.characters(alphabet), tmp_path_factory.mktemp("chooser"))
+
+    def log_prob(text, start):
+        """Of text[start:], from the table."""
+        places = [alphabet.index(character) for character in text]
+        return sum(math.log(rows[places[i - 1]][places[i]]) for i in range(start, len(text)))
+
+    return model, log_prob
+
+
+@pytest.fixture(scope="module")
+def run(model):
+    """A run of 8 windows a batch, to be given its tokens."""
+    config = Config(model=CONFIG, train=TrainConfig(batch_size=8), mesh=MeshConfig(data=1))
+    mesh = make_mesh(config.mesh, 8)
+    return Run(config, model.folder, None, mesh, compile_steps(config, mesh), None, None)
+
+
+def random_ids(n, seed=0):
+    return np.random.default_rng(seed).integers(0, len(ALPHABET), n).astype(np.int32)
+
+
+@partial(jax.jit, static_argnums=0)
+def logits_of(config, params, tokens_BT):
+    return GPT(config).apply({"params": params}, tokens_BT)
+
+
+def naive_log_probs(model, pairs):
+    """Of a token after a context, for each pair of them: a forward pass over nothing else, and float64 from there."""
+    padded = np.zeros((-(-len(pairs) // 256) * 256, BLOCK), np.int32)  # causal: what stands behind does not matter
+    for row, (context, _) in zip(padded, pairs, strict=False):
+        row[: len(context)] = context
+    logits = np.asarray(logits_of(model.config, model.params, padded), np.float64)
+    logits = np.array([logits[i, len(context) - 1] for i, (context, _) in enumerate(pairs)])
+    return scipy.special.log_softmax(logits, axis=1)[np.arange(len(pairs)), [token for _, token in pairs]]
+
+
+# Float32 logits of order 1 leave 1e-7 each; the mean of tokens' nats has been within 3e-7.
+CLOSE = {"rtol": 2e-6}
+
+
+@pytest.mark.parametrize("n_tokens", [2, BLOCK, BLOCK + 1, BLOCK + 2, 3 * BLOCK + 1, 30])
+def test_windows_on_their_own_are_those_of_a_runs_validation(model, run, n_tokens, tmp_path):
+    """The one number, three ways: this module, the training loop, and every token by a forward pass of its own."""
+    ids = random_ids(n_tokens)
+    pairs = [
+        (ids[start:i], ids[i])
+        for start in range(0, n_tokens - 1, BLOCK)
+        for i in range(start + 1, min(start + BLOCK, n_tokens - 1) + 1)
+    ]
+    assert len(pairs) == n_tokens - 1
+    naive = -naive_log_probs(model, pairs).mean()
+    write_tokens(tmp_path / "val.bin", [ids], np.dtype("<u2"))
+    tokens = Tokens([tmp_path / "val.bin"])
+    with_tokens = run._replace(dataset=Dataset(tokens, tokens, model.tokenizer, tmp_path))
+    np.testing.assert_allclose(validation_loss(with_tokens, model.params), naive, **CLOSE)
+    np.testing.assert_allclose(text_loss(model, ids, BLOCK)["nats_per_token"], naive, **CLOSE)
+
+
+@pytest.mark.parametrize("n_tokens", [2, BLOCK, BLOCK + 1, BLOCK + 2, 30])
+@pytest.mark.parametrize(
+    ("block_size", "stride"), [(BLOCK, 1), (BLOCK, 5), (BLOCK, 11), (BLOCK, BLOCK), (7, 4), (1, 1)]
+)
+def test_every_token_counts_once_after_the_tokens_just_before_it(model, monkeypatch, n_tokens, block_size, stride):
+    ids, windows, score = random_ids(n_tokens), [], LanguageModel.score
+
+    def note(self, texts):
+        windows.extend(texts)
+        return score(self, texts)
+
+    monkeypatch.setattr(LanguageModel, "score", note)
+    result = text_loss(model, ids, block_size, stride)
+    assert windows and np.concatenate([continuation for _, continuation in windows]).tolist() == ids[1:].tolist()
+    pairs, at = [], 1
+    for number, (context, continuation) in enumerate(windows):
+        n_before, n = len(context), len(continuation)
+        if number == 0:
+            assert n_before == 1 and n == min(block_size, n_tokens - 1)
+        elif number < len(windows) - 1:
+            assert n == stride and n_before == block_size + 1 - stride
+        else:
+            assert 1 <= n <= stride and block_size + 1 - stride <= n_before and n_before + n <= block_size + 1
+        pairs += [(ids[at - n_before : i], ids[i]) for i in range(at, at + n)]
+        at += n
+    np.testing.assert_allclose(result["nats_per_token"], -naive_log_probs(model, pairs).mean(), **CLOSE)
+    assert result["tokens"] == n_tokens - 1
+
+
+def test_no_stride_is_the_whole_block_and_a_block_is_cut_to_the_models(model):
+    ids = random_ids(3 * BLOCK + 1)
+    assert text_loss(model, ids, 1000) == text_loss(model, ids, 1000, 900) == text_loss(model, ids, BLOCK, BLOCK)
+    losses = {text_loss(model, ids, *pair)["nats_per_token"] for pair in [(BLOCK, BLOCK), (BLOCK, 4), (6, 6)]}
+    assert len(losses) == 3
+
+
+def test_many_windows_are_as_one_by_one(model):
+    """More of them than are scored at once."""
+    ids = random_ids(160)
+    one_by_one = naive_log_probs(model, [(ids[max(0, i - BLOCK) : i], ids[i]) for i in range(1, 160)])
+    np.testing.assert_allclose(text_loss(model, ids, BLOCK, 1)["nats_per_token"], -one_by_one.mean(), **CLOSE)
+
+
+@pytest.mark.parametrize("text", ["abc", "éa你\n.", "你你你é", "a" * 30 + "é" * 3])
+def test_bytes_and_perplexities_say_the_same(model, text):
+    result = text_loss(model, model.tokenizer.encode(text), BLOCK)
+    nats = result["nats_per_token"] * result["tokens"]
+    assert result["bytes"] == len(text[1:].encode()) and result["tokens"] == len(text) - 1
+    assert result["perplexity_per_token"] == pytest.approx(math.exp(result["nats_per_token"]))
+    assert result["perplexity_per_byte"] == pytest.approx(math.exp(nats / result["bytes"]))
+    assert result["bits_per_byte"] == pytest.approx(math.log2(result["perplexity_per_byte"]))
+
+
+def test_a_mark_before_the_text_is_no_text(model, monkeypatch, tmp_path):
+    """Llama's tokenizers begin with a token: it is seen, and all of the text counts."""
+    library = tokenizers.Tokenizer.from_str(Tokenizer.train_bpe(["abcdefg " * 20], 262).to_json())
+    library.add_special_tokens(["<s>"])
+    mark = ("<s>", library.token_to_id("<s>"))
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[mark])
+    tokenizer = Tokenizer(library)
+    model = replace(model, tokenizer=tokenizer, config=replace(CONFIG, vocab_size=tokenizer.vocab_size))
+    text = "é abcdefg <s>é"
+    (tmp_path / "text.txt").write_text(text)
+    monkeypatch.setattr(LanguageModel, "score", lambda self, texts: same_scores(texts, -1.0))
+    ids = read_tokens(model, tmp_path / "text.txt")
+    assert ids[0] == mark[1] and mark[1] not in ids[1:]
+    result = text_loss(model, ids, BLOCK)
+    assert (result["tokens"], result["bytes"]) == (len(tokenizer.encode(text)), len(text.encode()))
+
+
+def same_scores(texts, nats):
+    """As from `score`, with the same log-probability for every token."""
+    return [(np.full(len(text), nats, np.float32), np.zeros(len(text), bool)) for _, text in texts]
+
+
+def test_a_bin_file_is_the_text_that_it_was_made_from(folder, model, tmp_path, capsys):
+    text = "abé 你c.\ngfe " * 20
+    (tmp_path / "text.txt").write_text(text)
+    ids = model.tokenizer.encode(text)
+    write_tokens(tmp_path / "flat.bin", [ids], np.dtype("<u2"))
+    write_tokens(tmp_path / "shard.bin", [ids], np.dtype("<u2"), header=True)
+    results = []
+    for name in ("text.txt", "flat.bin", "shard.bin"):
+        main([str(folder), "--text", str(tmp_path / name), "--json"])
+        result = json.loads(capsys.readouterr().out)["text"]
+        assert result.pop("file").endswith(name) and result.pop("seconds") >= 0
+        results.append(result)
+    assert results[0] == results[1] == results[2] == text_loss(model, ids, 1024)
+
+
+def test_the_ending_that_the_model_expects_is_chosen(chooser):
+    """Whether the label is a number or, as in HellaSwag's own files, may be a text."""
+    model, log_prob = chooser
+    question = {"ctx": "a", "endings": ["b", "d", "c"]}
+    assert np.argmax([log_prob("a " + ending, 1) for ending in question["endings"]]) == 1
+    results = [hellaswag(model, [question | {"label": label}]) for label in (1, "1", 0, "2")]
+    assert [result["accuracy"] for result in results] == [1, 1, 0, 0]
+
+
+def test_per_character_is_another_choice_than_by_the_sum(chooser):
+    model, log_prob = chooser
+    short, long = "b", "d d d"
+    sums = [log_prob("a " + ending, 1) for ending in (short, long)]
+    assert sums[0] > sums[1] and sums[0] / len(short) < sums[1] / len(long)
+    result = hellaswag(model, [{"ctx": "a", "endings": [long, short, short], "label": 1}])
+    assert (result["accuracy"], result["accuracy_per_character"]) == (1, 0)
+
+
+def test_choices_are_those_of_every_tokens_own_forward_pass(model):
+    """Also where context and ending are longer than the model can see: they are cut in front."""
+    rng = np.random.default_rng(2)
+    text = lambda n: "".join(rng.choice(list("abcdefg"), n))  # noqa: E731
+    lengths = [1, 3, 5, 8, 9, 14, 15, 30] * 2
+    questions = [{"ctx": text(n), "endings": [text(m) for m in rng.integers(1, 8, 4)]} for n in lengths]
+    best, best_per_character = [], []
+    for question in questions:
+        sums = []
+        for ending in question["endings"]:
+            ids = model.tokenizer.encode(f"{question['ctx']} {ending}")[-BLOCK - 1 :]
+            first = len(ids) - len(ending) - 1
+            sums.append(naive_log_probs(model, [(ids[:i], ids[i]) for i in range(first, len(ids))]).sum())
+        best.append(np.argmax(sums))
+        best_per_character.append(
+            np.argmax([total / len(e) for total, e in zip(sums, question["endings"], strict=True)])
+        )
+    assert len(set(best)) > 1 and best != best_per_character
+    for i in range(4):
+        result = hellaswag(model, [question | {"label": i} for question in questions])
+        expected = {
+            "accuracy": np.mean(np.equal(best, i)),
+            "accuracy_per_character": np.mean(np.equal(best_per_character, i)),
+        }
+        assert result == {"questions": len(questions)} | expected
+
+
+def test_the_last_word_is_right_where_all_its_tokens_are_the_likeliest(chooser):
+    model, log_prob = chooser
+    right, wrong = ["b a d", "d d", "c d"], ["ab d", "c dd", "a b", "d ad"]
+    results = [lambada(model, [{"text": text} for text in texts]) for texts in (right, wrong, right[:1] + wrong[1:])]
+    assert [(result["questions"], result["accuracy"]) for result in results] == [(3, 1), (4, 0), (4, 1 / 4)]
+    nats = [-log_prob(text, text.rindex(" ")) for text in wrong]
+    assert results[1]["perplexity_per_word"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
+
+
+def write_jsonl(path, *questions):
+    path.write_text("\n\n".join(json.dumps(question) for question in questions) + "\n")
+    return str(path)
+
+
+def test_one_command_does_all_three(folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("abc def. " * 9)
+    choices = write_jsonl(tmp_path / "h.jsonl", {"ctx": "ab", "endings": ["c", "de"], "label": "0", "ind": 7})
+    words = write_jsonl(tmp_path / "l.jsonl", {"text": "ab cd.\n"}, {"text": "a b c"})
+    arguments = [str(folder), "--text", str(tmp_path / "text.txt"), "--hellaswag", choices, "--lambada", words]
+    main([*arguments, "--json"])
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    results = json.loads(out)
+    assert set(results) == {"model", "text", "hellaswag", "lambada"} and results["model"] == folder.name
+    assert results["hellaswag"]["questions"] == 1 and results["lambada"]["questions"] == 2
+    main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"model: {folder.name}" and [line for line in lines if line[0] != " "][1:] == [
+        "text:",
+        "hellaswag:",
+        "lambada:",
+    ]
+    assert f"  nats per token: {results['text']['nats_per_token']:.5g}" in lines and "  tokens: 80" in lines
+
+
+def test_numbers_without_end_are_json_too(folder, monkeypatch, tmp_path, capsys):
+    """A perplexity beyond float64."""
+    monkeypatch.setattr(LanguageModel, "score", lambda self, texts: same_scores(texts, -900.0))
+    main([str(folder), "--lambada", write_jsonl(tmp_path / "l.jsonl", {"text": "a b"}), "--json"])
+    json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+GOOD = {"hellaswag": '{"ctx": "a", "endings": ["b", "c"], "label": 0}', "lambada": '{"text": "a b"}'}
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        ("hellaswag", "{"),
+        ("hellaswag", "[]"),
+        ("hellaswag", '"text"'),
+        ("hellaswag", "null"),
+        ("hellaswag", '{"ctx": "a", "endings": ["b"]}'),
+        ("hellaswag", '{"ctx": "a", "label": 0}'),
+        ("hellaswag", '{"endings": ["b"], "label": 0}'),
+        ("hellaswag", '{"ctx": "", "endings": ["b"], "label": 0}'),
+        ("hellaswag", '{"ctx": 1, "endings": ["b"], "label": 0}'),
+        ("hellaswag", '{"ctx": "a", "endings": [], "label": 0}'),
+        ("hellaswag", '{"ctx": "a", "endings": ["b", ""], "label": 0}'),
+        ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": 2}'),
+        ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": ""}'),
+        ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": null}'),
+        ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": -1}'),
+        ("hellaswag", '{"ctx": "a", "endings": "bc", "label": 0}'),
+        ("lambada", "a b"),
+        ("lambada", "[]"),
+        ("lambada", '{"texts": "a b"}'),
+        ("lambada", '{"text": "word"}'),
+        ("lambada", '{"text": " word "}'),
+        ("lambada", '{"text": 7}'),
+    ],
+)
+def test_a_line_that_is_no_question_is_named(folder, tmp_path, task, line):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(f"{GOOD[task]}\n\n{line}\n{GOOD[task]}\n")
+    with pytest.raises(UserError, match=rf"questions\.jsonl, line 3, is no question of {task}"):
+        main([str(folder), f"--{task}", str(path)])
+
+
+def test_a_line_ends_where_json_lines_do(folder, tmp_path, capsys):
+    """Not at U+2028 or U+0085, which may stand in a JSON text as they are."""
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"text": "a b", "note": "one\u2028two\u0085three"}\r\n')
+    main([str(folder), "--lambada", str(path), "--json"])
+    assert json.loads(capsys.readouterr().out)["lambada"]["questions"] == 1
+
+
+def broken(folder, tmp_path):
+    """Command lines, and what the message must name."""
+    text, long = tmp_path / "text.txt", "abcdefg" * 3
+    text.write_text("abc")
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin1"))
+    (tmp_path / "unknown.txt").write_text("abZ")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    write_tokens(tmp_path / "other.bin", [np.array([1, len(ALPHABET), 2])], np.dtype("<u2"))
+    too_long = write_jsonl(tmp_path / "long.jsonl", {"ctx": "a", "endings": [long], "label": 0})
+    return {
+        (): "nothing to evaluate",
+        ("--text", "nowhere.txt"): "text=nowhere.txt: there is no such file",
+        ("--hellaswag", "nowhere.jsonl"): "hellaswag=nowhere.jsonl",
+        ("--text", tmp_path): "there is no such file",
+        ("--text", tmp_path / "short.txt"): "short.txt is too short",
+        ("--text", tmp_path / "empty.txt"): "empty.txt is too short",
+        ("--text", tmp_path / "empty.bin"): "empty.bin is too short",
+        ("--text", tmp_path / "latin.txt"): "latin.txt is not UTF-8",
+        ("--text", tmp_path / "unknown.txt"): "no character 'Z'",
+        ("--text", tmp_path / "other.bin"): f"other.bin has token {len(ALPHABET)}; the model has {len(ALPHABET)}",
+        ("--lambada", tmp_path / "empty.jsonl"): "empty.jsonl has no questions",
+        ("--hellaswag", too_long): "has 22 tokens, and",
+        ("--text", text, "--block_size", 0): "block_size=0 is not positive",
+        ("--text", text, "--stride", 0): "stride=0 is not in",
+        ("--text", text, "--block_size", 8, "--stride", 9): "stride=9 is not in [1, block_size=8]",
+        ("--text", text, "--strid", 9): "did you mean --stride?",
+    }
+
+
+def test_a_mistake_is_one_line(folder, tmp_path):
+    for arguments, words in broken(folder, tmp_path).items():
+        with pytest.raises(UserError) as raised:
+            main([str(folder), *map(str, arguments)])
+        assert words in str(raised.value) and "\n" not in str(raised.value), arguments
+
+
+def test_a_model_must_be_named():
+    with pytest.raises(UserError, match="MODEL"):
+        main(["--text", __file__])
