@@ -94,6 +94,7 @@ def test_a_run_that_diverges_ends_with_one_line_and_keeps_what_was_saved(data, t
     load_run(tmp_path / "run", "best")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_mesh(data, tmp_path):
     """Bits may differ there, for sums run in another order; the losses do not."""
     whole = config_with(data)
@@ -107,6 +108,7 @@ def test_a_run_resumes_on_another_mesh(data, tmp_path):
     np.testing.assert_allclose(*columns, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_changed_text_is_not_resumed_on(data, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be " * 200)

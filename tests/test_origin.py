@@ -56,16 +56,21 @@ def compile_quickly():
 def train():
     """train.py's main without what takes time and has tests of its own: the picture, the report, the peak FLOP/s.
 
-    Two runs of one config share their compiled steps.
+    Runs that differ in their data alone share their compiled steps.
     """
     path = Path(__file__).parent.parent / "train.py"
     spec = importlib.util.spec_from_file_location("train", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    steps = cache(loop.compile_steps)
+
+    def compile_steps(config, mesh):
+        return steps(replace(config, init_from=None, data=DataConfig()), mesh)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "use_cores", lambda *arguments: None)  # conftest.py has set the devices
         patch.setattr(loop, "_report", lambda *arguments: None)
-        patch.setattr(loop, "compile_steps", cache(loop.compile_steps))
+        patch.setattr(loop, "compile_steps", compile_steps)
         patch.setattr(report, "plot_losses", lambda *arguments, **options: None)
         patch.setattr(flops, "measured_matmul_peak", lambda *arguments: 1e12)
         yield lambda *arguments: script.main([*map(str, arguments)])

@@ -188,6 +188,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(trained, folder, script, ar
     assert all(word in err for word in words), err
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(folder, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
