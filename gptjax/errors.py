@@ -13,29 +13,32 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a `UserError`, a full disk or Ctrl-C inside the block into one line on stderr and an exit code.
-
-    Exit codes: 2 for a mistake or a full disk, 130 for Ctrl-C, 141 for a closed pipe (`| head`).
-    """
+    """Turn what `describe` knows inside the block into one line on stderr and an exit code."""
     try:
         yield
-    except UserError as error:
-        sys.exit(_report(str(error), 2))
-    except KeyboardInterrupt:
-        sys.exit(_report("interrupted", 130))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         sys.exit(141)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and error.filename is None:
+    except BaseException as error:
+        known = describe(error)
+        if known is None:
             raise
-        where = f"{error.filename}: " if error.filename is not None else ""
-        way_out = "; make room, and go on with --resume" if full else "; name another path"
-        sys.exit(_report(f"{where}{error.strerror}{way_out}", 2))
+        sys.stdout.flush()
+        print("error: " + " ".join(known[1].split()), file=sys.stderr)
+        sys.exit(known[0])
 
 
-def _report(message: str, code: int) -> int:
-    sys.stdout.flush()
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return code
+def describe(error: BaseException) -> tuple[int, str] | None:
+    """The exit code of a user's mistake or a full disk, 2, or of Ctrl-C, 130, and what to say; None for a bug."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if not isinstance(error, OSError):
+        return None
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full and error.filename is None:
+        return None
+    where = f"{error.filename}: " if error.filename is not None else ""
+    way_out = "; make room, and go on with --resume" if full else "; name another path"
+    return 2, f"{where}{error.strerror}{way_out}"

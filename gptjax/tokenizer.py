@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,6 +85,11 @@ class Tokenizer:
             raise UserError(f"tokenizer {str(path)!r} does not exist: pass 'char', 'bpe', 'gpt2' or a tokenizer.json")
         return cls(_read(tokenizers.Tokenizer.from_file, path))
 
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Tokenizer":
+        """The tokenizer that a tokenizer.json describes; `where` is what an error calls it."""
+        return cls(_read(lambda _: tokenizers.Tokenizer.from_str(text), where))
+
     def to_json(self) -> str:
         """The text of a tokenizer.json, which the `tokenizers` library reads as it is."""
         return self._library.to_str(pretty=True)
@@ -152,8 +157,17 @@ class Tokenizer:
             return
         pieces = safe_chunks(chunks)
         while batch := list(itertools.islice(pieces, _BATCH)):
-            for encoding in self._library.encode_batch_fast(batch, add_special_tokens=False):
-                yield np.array(encoding.ids, np.int32)
+            yield from self.encode_batch(batch)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " _"]]:
+        """The ids of each text, in which names of special tokens are plain text; in as many threads as there are cores.
+
+        TOKENIZERS_PARALLELISM=false in the environment makes it one thread.
+        """
+        if self._id_of_code_point is not None:
+            return [self.encode(text) for text in texts]
+        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Ids) -> str:
         """The text of some ids; an id in a hole of the vocabulary is no text."""
@@ -253,7 +267,7 @@ def _raise_unknown(text: str, at: int, read: int, lines: int, column: int) -> No
     )
 
 
-def _read(reader: Any, *paths: Path) -> Any:
+def _read(reader: Any, *paths: Path | str) -> Any:
     try:
         return reader(*map(str, paths))
     except Exception as error:  # the library raises no narrower class

@@ -2,13 +2,18 @@
 
 import errno
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gptjax.config import DataConfig
+from gptjax.data import load_dataset, remote
+from gptjax.data.batches import windows
 from gptjax.data.token_files import UINT16, UINT32, Tokens, dtype_for, open_split, replacing, write_split, write_tokens
 from gptjax.errors import UserError
+from gptjax.tokenizer import Tokenizer
 
 anywhere = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 dtypes = pytest.mark.parametrize("dtype", [UINT16, UINT32], ids=str)
@@ -153,3 +158,152 @@ def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+# In a bucket
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty bucket; its filesystem, which notes every call of `cat_ranges` and fails as often as it is told."""
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.calls, files.failures = [], []
+    plain = type(files).cat_ranges
+
+    def cat_ranges(paths, starts, ends, **options):
+        files.calls.append(len(paths))
+        if files.failures and (failure := files.failures.pop(0)) is not None:
+            if isinstance(failure, Exception):
+                raise failure
+            return [failure(data) for data in plain(files, paths, starts, ends, **options)]
+        return plain(files, paths, starts, ends, **options)
+
+    monkeypatch.setattr(files, "cat_ranges", cat_ranges, raising=False)
+    monkeypatch.setattr(remote, "_WAITS", (0, 0))
+    return files
+
+
+def copy_to(bucket, folder, name="bucket/run"):
+    for path in folder.iterdir():
+        bucket.pipe_file(f"/{name}/{path.name}", path.read_bytes())
+    return f"memory://{name}"
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any),
+    starts=st.lists(st.integers(0, 260), max_size=5),
+    length=st.integers(0, 60),
+    header=st.booleans(),
+)
+@dtypes
+@anywhere
+def test_a_bucket_reads_as_a_disk_does(tmp_path_factory, bucket, dtype, lengths, starts, length, header):
+    folder = tmp_path_factory.mktemp("shards")
+    bucket.store.clear()
+    for number, n in enumerate(lengths):
+        ids = np.arange(n) + 1000 * number
+        write_tokens(folder / f"train_{number:06}.bin", [ids], dtype, header=header)
+    (folder / "data.json").write_text(f'{{"dtype": "{dtype.name}"}}')
+    local, distant = split_of(folder), split_of(copy_to(bucket, folder))
+    assert len(local) == len(distant) and local.dtype == distant.dtype
+    assert local.fingerprint() == distant.fingerprint()
+    bucket.calls.clear()
+    expected = [window.tolist() for window in local.windows(starts, length)]
+    assert [window.tolist() for window in distant.windows(starts, length)] == expected
+    assert len(bucket.calls) <= 1  # however many windows
+    for start in starts:
+        assert distant.window(start, length).tolist() == local.window(start, length).tolist()
+
+
+def prepared(tmp_path, split_size=100):
+    """A folder as it is copied to a bucket: shards, their tokenizer and a manifest."""
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    for split in ("train", "val"):
+        write_split(folder, split, [np.arange(250) % 7], UINT16, "llmc", shard_tokens=split_size)
+    Tokenizer.characters("abcdefg").save(folder / "tokenizer.json")
+    (folder / "data.json").write_text('{"dtype": "uint16", "parts": 3}')
+    return folder
+
+
+@pytest.mark.parametrize("url", ["memory", "file"])
+def test_a_data_set_opens_from_a_url_as_from_a_folder(tmp_path, bucket, url):
+    folder = prepared(tmp_path)
+    source = copy_to(bucket, folder) + "/" if url == "memory" else f"file://{folder}"
+    local, distant = (load_dataset(DataConfig(source=str(each))) for each in (folder, source))
+    assert distant.fingerprint() == local.fingerprint() and distant.folder == source.rstrip("/")
+    assert distant.tokenizer.to_json() == local.tokenizer.to_json()
+    starts = np.array([0, 95, 249, 300, 240])
+    bucket.calls.clear()
+    batch = windows(distant.train, starts, 20, vocab_size=7)
+    assert (batch == windows(local.train, starts, 20, vocab_size=7)).all()
+    assert bucket.calls == ([5] if url == "memory" else [])  # one span of two shards, one past the end
+    with pytest.raises(UserError, match="train_000000.bin .*token 6.*vocab_size=6"):
+        windows(distant.train, starts, 20, vocab_size=6)
+
+
+def test_a_url_without_token_files_or_with_some_says_what_to_do(tmp_path, bucket):
+    with pytest.raises(UserError, match="memory://nothing holds no token files: make them with"):
+        load_dataset(DataConfig(source="memory://nothing"))
+    source = copy_to(bucket, prepared(tmp_path))
+    bucket.rm(f"{source}/train_000001.bin")
+    with pytest.raises(UserError, match="2 of 3 train shards"):
+        load_dataset(DataConfig(source=source))
+    with pytest.raises(UserError, match=r"gs://bucket/x .*gcsfs.*pip install 'gptjax\[data\]'"):
+        load_dataset(DataConfig(source="gs://bucket/x"))
+
+
+@pytest.mark.parametrize("cut", [500, 1100], ids=["header", "tokens"])
+def test_a_shard_that_was_cut_on_its_way_to_a_bucket_is_named(tmp_path, bucket, cut):
+    source = copy_to(bucket, prepared(tmp_path))
+    whole = bucket.cat_file(f"{source}/train_000001.bin")
+    bucket.pipe_file(f"{source}/train_000001.bin", whole[:cut])
+    with pytest.raises(UserError, match=r"memory://bucket/run/train_000001.bin .*copy it again"):
+        load_dataset(DataConfig(source=source))
+
+
+def test_a_read_that_fails_is_tried_again_and_only_what_failed(tmp_path, bucket):
+    source = copy_to(bucket, prepared(tmp_path))
+    tokens = split_of(source)
+    bucket.calls.clear()
+    first_fails = iter([OSError("reset"), *[None] * 9])
+    bucket.failures = [lambda data: next(first_fails) or data, TimeoutError("slow")]
+    assert [window.tolist() for window in tokens.windows([0, 7, 14], 3)] == [[0, 1, 2]] * 3
+    assert bucket.calls == [3, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "failure, complaint",
+    [
+        (OSError("reset"), "OSError: reset"),
+        (lambda data: data[:1], "1 bytes came of 6"),
+        (TimeoutError("slow"), "slow"),
+    ],
+)
+def test_a_read_that_keeps_failing_is_named(tmp_path, bucket, failure, complaint):
+    tokens = split_of(copy_to(bucket, prepared(tmp_path)))
+    bucket.calls.clear()
+    bucket.failures = [failure] * 9
+    with pytest.raises(UserError, match=rf"cannot read memory://bucket/run/train_000000.bin: .*{complaint}"):
+        tokens.window(0, 3)
+    assert len(bucket.calls) == 3
+
+
+def test_a_file_that_is_gone_is_not_asked_for_again(tmp_path, bucket):
+    source = copy_to(bucket, prepared(tmp_path))
+    tokens = split_of(source)
+    bucket.rm(f"{source}/train_000000.bin")
+    bucket.calls.clear()
+    with pytest.raises(UserError, match="train_000000.bin: FileNotFoundError"):
+        tokens.window(0, 3)
+    assert bucket.calls == [1]
+
+
+def test_the_fingerprint_of_many_shards_reads_no_gigabytes(tmp_path, monkeypatch):
+    read, plain = [], Tokens._both_ends
+    monkeypatch.setattr(Tokens, "_both_ends", lambda tokens, n: read.append(n * 2) or plain(tokens, n))
+    write_tokens(tmp_path / "train_000000.bin", [np.arange(9)], UINT16, header=True)
+    for n_shards in (1, 64, 128):
+        Tokens([tmp_path / "train_000000.bin"] * n_shards).fingerprint()
+    assert read == [1 << 20, 1 << 20, 1 << 19]

@@ -1,6 +1,5 @@
-"""The command line: `python -m gptjax.data SOURCE`, and `python -m gptjax.data convert-meta PATH/meta.pkl`."""
+"""The command line: `python -m gptjax.data SOURCE`, `... tokenize SOURCE... --out DIR`, `... convert-meta PATH`."""
 
-import argparse
 import dataclasses
 import pickle
 import sys
@@ -8,15 +7,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptjax.config import DataConfig
-from gptjax.data.prepare import prepare
+from gptjax.config import DataConfig, Parser, Section, argument, option
+from gptjax.data.prepare import Format, prepare
+from gptjax.data.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from gptjax.errors import UserError, one_line_errors
 from gptjax.tokenizer import Tokenizer
 
+_HELP: dict[str, Any] = {field.name: field.metadata["help"] for field in dataclasses.fields(DataConfig)}
+_PREPARE = (
+    "Turn a text into a folder of token files that --data.source takes. For a corpus too large for memory there is "
+    "`python -m gptjax.data tokenize --help`; `python -m gptjax.data convert-meta PATH/meta.pkl` makes nanoGPT's "
+    "character data sets usable."
+)
+_TOKENIZE = (
+    "Turn a corpus of any size into shards that --data.source takes, in parallel and in bounded memory. Each document "
+    "is followed by the end-of-text token. A stop leaves whole shards; the same command makes the rest."
+)
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: see {self.prog} --help")
+
+@dataclasses.dataclass(frozen=True)
+class Preparation(Section):
+    source: str = argument(_HELP["source"])
+    tokenizer: str = option(DataConfig.tokenizer, _HELP["tokenizer"])
+    vocab_size: int = option(DataConfig.vocab_size, _HELP["vocab_size"])
+    val_fraction: float = option(DataConfig.val_fraction, _HELP["val_fraction"])
+    sha256: str | None = option(DataConfig.sha256, _HELP["sha256"])
+    dir: str = option(DataConfig.dir, _HELP["dir"])
+    format: Format = option("nanogpt", "of the token files")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion(Section):
+    path: str = argument("nanoGPT's meta.pkl")
 
 
 class _DataUnpickler(pickle.Unpickler):
@@ -27,15 +49,24 @@ class _DataUnpickler(pickle.Unpickler):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prepare a text, or convert nanoGPT's meta.pkl."""
-    if arguments[:1] == ["convert-meta"]:
-        parser = _Parser(prog="python -m gptjax.data convert-meta", description=convert_meta.__doc__)
-        parser.add_argument("path", type=Path, metavar="PATH/meta.pkl")
-        print(f"wrote {convert_meta(parser.parse_args(arguments[1:]).path)}")
-        return
-    options = vars(_parser().parse_args(arguments))
-    form = options.pop("format")
-    prepare(DataConfig(**options), form)
+    """Prepare a text, tokenize a corpus too large for that, or convert nanoGPT's meta.pkl."""
+    command = arguments[0] if arguments else ""
+    if command == "tokenize":
+        tokenize_corpus(_parse("tokenize", _TOKENIZE, TokenizeConfig(), arguments))
+    elif command == "convert-meta":
+        path = _parse("convert-meta", convert_meta.__doc__, Conversion(), arguments).path
+        print(f"wrote {convert_meta(Path(path))}")
+    else:
+        options = vars(_parse("", _PREPARE, Preparation(), arguments))
+        form = options.pop("format")
+        prepare(DataConfig(**options), form)
+
+
+def _parse(command: str, about: str | None, defaults: Any, arguments: Sequence[str]) -> Any:
+    parser = Parser(f"python -m gptjax.data {command}".strip(), about)
+    parser.add_fields(defaults)
+    [parsed] = parser.parse(arguments[1:] if command else arguments, defaults)
+    return parsed
 
 
 def convert_meta(path: Path) -> Path:
@@ -53,22 +84,6 @@ def convert_meta(path: Path) -> Path:
     target = path.with_name("tokenizer.json")
     Tokenizer.from_characters(ids).save(target)
     return target
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="python -m gptjax.data",
-        description="Turn a text into a folder of token files that --data.source takes.",
-        epilog="`python -m gptjax.data convert-meta PATH/meta.pkl` makes nanoGPT's character data sets usable.",
-    )
-    help: dict[str, Any] = {field.name: field.metadata["help"] for field in dataclasses.fields(DataConfig)}
-    defaults = DataConfig()
-    parser.add_argument("source", metavar="SOURCE", help=help["source"])
-    for name, kind in (("tokenizer", str), ("vocab_size", int), ("val_fraction", float), ("sha256", str), ("dir", str)):
-        default = getattr(defaults, name)
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{help[name]} (default: {default})")
-    parser.add_argument("--format", choices=("nanogpt", "llmc"), default="nanogpt", help="of the token files")
-    return parser
 
 
 if __name__ == "__main__":

@@ -58,8 +58,7 @@ def windows(
     Raises `UserError` where an id does not fit `vocab_size`: the files were made with another tokenizer.
     """
     ids_BT = np.full((len(starts_B), block_size + 1), PADDING, np.int32)
-    for ids_T, start in zip(ids_BT, starts_B.tolist(), strict=True):
-        window = tokens.window(start, block_size + 1)
+    for ids_T, window in zip(ids_BT, tokens.windows(starts_B.tolist(), block_size + 1), strict=True):
         ids_T[: len(window)] = window
     if vocab_size is not None and ids_BT.size and (largest := int(ids_BT.max())) >= vocab_size:
         raise UserError(

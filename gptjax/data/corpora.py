@@ -6,6 +6,7 @@ import hashlib
 import html
 import http.client
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 from rich.progress import Progress
@@ -54,30 +56,37 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A UTF-8 file as chunks of text, a byte order mark left out and nothing else changed.
-
-    nanoGPT also turns "\\r\\n" into "\\n"; here a model is trained on the line ends that the file has.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    end = 0  # bytes handed to the decoder, which keeps an unfinished character's back
+    """A UTF-8 file as chunks of text, as `decoded` gives them."""
     try:
         with open(path, "rb") as file:
-            if file.read(3) != codecs.BOM_UTF8:
-                file.seek(0)
-            end = file.tell()
-            while block := file.read(_CHUNK):
-                end += len(block)
-                if text := decoder.decode(block):
-                    yield text
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        at = end - len(error.object) + error.start
-        raise UserError(
-            f"{path} is not UTF-8 at byte {at} ({error.reason}): convert it, for example with "
-            f"`iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}`"
-        ) from error
+            yield from decoded(file, str(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def decoded(file: BufferedReader, where: str) -> Iterator[str]:
+    """UTF-8 bytes as chunks of text, a byte order mark left out and nothing else changed.
+
+    nanoGPT also turns "\\r\\n" into "\\n"; here a model is trained on the line ends that the file has. `where` is what
+    an error calls the file.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    mark = file.read(len(codecs.BOM_UTF8))
+    marked = mark == codecs.BOM_UTF8
+    end = len(mark) if marked else 0  # bytes handed to the decoder, which keeps an unfinished character's back
+    try:
+        for block in itertools.chain([] if marked else [mark], iter(lambda: file.read(_CHUNK), b"")):
+            end += len(block)
+            if text := decoder.decode(block):
+                yield text
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        at = end - len(error.object) + error.start
+        name = where.rsplit("/", 1)[-1]
+        raise UserError(
+            f"{where} is not UTF-8 at byte {at} ({error.reason}): convert it, for example with "
+            f"`iconv -f LATIN1 -t UTF-8 {name} > utf8-{name}`"
+        ) from error
 
 
 def between(chunks: Iterable[str], start: int, stop: int) -> Iterator[str]:

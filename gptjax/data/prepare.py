@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rich.progress import Progress
 
 from gptjax.config import DataConfig
-from gptjax.data import token_files
+from gptjax.data import remote, token_files
 from gptjax.data.corpora import Corpus, between, open_corpus
 from gptjax.data.token_files import MANIFEST, Tokens, dtype_for, write_split
 from gptjax.errors import UserError
@@ -32,7 +32,7 @@ class Dataset:
     train: Tokens
     val: Tokens
     tokenizer: Tokenizer
-    folder: Path
+    folder: Path | str
 
     def fingerprint(self) -> str:
         """What a run compares to know that it resumes on the same tokens."""
@@ -50,14 +50,25 @@ class Dataset:
 
 def load_dataset(config: DataConfig) -> Dataset:
     """Open the token files that `config.source` holds, or those of its text, preparing them if need be."""
-    source = Path(config.source).expanduser()
-    folder = source if _has_token_files(source) else prepare(config)
+    folder = _folder_of(config)
     return Dataset(
         train=token_files.open_split(folder, "train"),
         val=token_files.open_split(folder, "val"),
         tokenizer=_tokenizer_of(folder, config.tokenizer),
         folder=folder,
     )
+
+
+def _folder_of(config: DataConfig) -> Path | str:
+    if not remote.is_url(config.source):
+        source = Path(config.source).expanduser()
+        return source if _has_token_files(source) else prepare(config)
+    folder = config.source.rstrip("/")
+    if not _has_token_files(folder):
+        raise UserError(
+            f"{folder} holds no token files: make them with `python -m gptjax.data tokenize` and copy them there"
+        )
+    return folder
 
 
 def prepare(config: DataConfig, form: Format = "nanogpt") -> Path:
@@ -174,17 +185,17 @@ def _move_into_place(made: Path, folder: Path, made_from: dict[str, Any]) -> Non
             raise
 
 
-def _has_token_files(folder: Path) -> bool:
+def _has_token_files(folder: Path | str) -> bool:
     return bool(token_files.shards(folder, "train") and token_files.shards(folder, "val"))
 
 
-def _tokenizer_of(folder: Path, name: str) -> Tokenizer:
+def _tokenizer_of(folder: Path | str, name: str) -> Tokenizer:
     """The tokenizer beside the token files, else the one that the user names."""
-    if (folder / "tokenizer.json").exists():
-        return Tokenizer.load(folder / "tokenizer.json")
+    if text := token_files.side_file(folder, "tokenizer.json"):
+        return Tokenizer.from_json(text, f"{folder}/tokenizer.json")
     if name not in ("char", "bpe"):
         return Tokenizer.from_name_or_path(name)
-    if (folder / "meta.pkl").exists():
+    if isinstance(folder, Path) and (folder / "meta.pkl").exists():
         way_out = f"run `python -m gptjax.data convert-meta {folder / 'meta.pkl'}` once"
     else:
         way_out = "name the one that made its token files: --data.tokenizer gpt2, or the path of a tokenizer.json"
