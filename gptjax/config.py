@@ -51,7 +51,7 @@ class DataConfig(Section):
     source: str = option(
         "shakespeare",
         "'shakespeare' (the complete plays, bundled), a UTF-8 text file, a folder of them, a URL, "
-        "or a folder of token files (nanoGPT's train.bin and val.bin, or llm.c's shards)",
+        "or a folder of token files (nanoGPT's train.bin and val.bin, or llm.c's shards), also at gs:// or s3://",
     )
     tokenizer: str = option("char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json")
     vocab_size: int = option(4096, "tokens that a 'bpe' tokenizer learns")
@@ -67,6 +67,7 @@ class DataConfig(Section):
         self.require(0 < self.val_fraction < 1, "val_fraction", "is not between 0 and 1")
 
 
+LONG_CONTEXT = 512  # tokens from which plain attention, with its T x T scores, is the slower one (docs/performance.md)
 LINEAR_LAYERS = ("query", "key", "value", "out", "up", "gate", "down")
 
 
@@ -79,15 +80,21 @@ class ModelConfig(Section):
     n_embd: int = option(384, "width of the residual stream")
     n_kv_head: int = option(0, "key and value heads, each shared by a group of attention heads; 0: n_head")
     mlp_width: int = option(0, "features inside an MLP; 0: 4 n_embd")
-    activation: Literal["gelu_tanh", "gelu_erf", "swiglu"] = option(
-        "gelu_tanh", "of the MLP: GELU in GPT-2's tanh form or nanoGPT's exact one, or SwiGLU as in Llama"
+    activation: Literal["gelu_tanh", "gelu_erf", "swiglu", "relu2"] = option(
+        "gelu_tanh", "of the MLP: GELU in GPT-2's tanh form or nanoGPT's exact one, SwiGLU as in Llama, or ReLU squared"
     )
-    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "LayerNorm as in GPT-2, or RMSNorm as in Llama")
+    norm: Literal["layernorm", "rmsnorm", "nonparametric_rmsnorm"] = option(
+        "layernorm", "LayerNorm as in GPT-2, or RMSNorm: with weights as in Llama, or without"
+    )
     norm_eps: float = option(1e-5, "added to the variance, or to the mean square")
     position: Literal["learned", "rope"] = option("learned", "learned embeddings, or rotary ones as in Llama")
     rope_theta: float = option(10_000.0, "rope: the base of its wavelengths")
     rope_factor: float = option(1.0, "rope: how far Llama 3's scaling stretches long wavelengths; 1: not at all")
     rope_original_block_size: int = option(8192, "rope: the context length before that stretching")
+    qk_norm: bool = option(False, "each head's queries and keys are divided by their root mean square")
+    embedding_norm: bool = option(False, "embeddings are divided by their root mean square before the first block")
+    logit_cap: float = option(0.0, "logits x become logit_cap tanh(x / logit_cap); 0: as they are")
+    zero_init: bool = option(False, "projections into the residual stream, and an untied head, start at zero")
     bias: bool = option(False, "biases in linear layers and LayerNorms, as GPT-2 has them")
     qkv_bias: bool = option(False, "biases in queries, keys and values alone, as Qwen2.5 has them")
     tied_head: bool = option(True, "the output head is the token embedding; false: a matrix of its own")
@@ -95,8 +102,13 @@ class ModelConfig(Section):
     lora_alpha: float = option(16.0, "LoRA: updates are scaled by lora_alpha / lora_rank")
     lora_layers: str = option(",".join(LINEAR_LAYERS), "LoRA: the linear layers that have updates")
     dropout: float = option(0.0, "dropout on the embedding, the attention weights and both residual branches")
-    attention: Literal["auto", "plain", "splash", "cudnn"] = option(
-        "auto", "in training: plain, Pallas's kernel for TPUs or cuDNN's for GPUs; auto: the hardware's, where it can"
+    separator: int | None = option(
+        None, "token that begins a document (GPT-2's: 50256); in training attention does not look back past it"
+    )
+    attention: Literal["auto", "plain", "blockwise", "splash", "cudnn"] = option(
+        "auto",
+        "in training: plain, blockwise (less memory, on any hardware), Pallas's kernel for TPUs or cuDNN's for GPUs; "
+        "auto: the hardware's where it can, else blockwise where the context is long",
     )
     layers: Literal["auto", "unrolled", "looped"] = option(
         "auto", "in training: one after another, or a loop that compiles faster; auto: unrolled on CPU"
@@ -111,7 +123,7 @@ class ModelConfig(Section):
     def validate(self) -> None:
         for name in ("block_size", "n_layer", "n_head", "n_embd", "norm_eps", "rope_theta", "lora_alpha"):
             self.require(getattr(self, name) > 0, name, "is not positive")
-        for name in ("vocab_size", "n_kv_head", "mlp_width", "lora_rank"):
+        for name in ("vocab_size", "n_kv_head", "mlp_width", "lora_rank", "logit_cap"):
             self.require(getattr(self, name) >= 0, name, "is negative")
         fit = self.n_embd // self.n_head * self.n_head or self.n_head
         self.require(
@@ -129,18 +141,23 @@ class ModelConfig(Section):
         self.require(set(self.lora_layers.split(",")) <= set(LINEAR_LAYERS), "lora_layers", layers)
         self.require(0 <= self.dropout < 1, "dropout", "is not in [0, 1)")
 
-        flash = self.attention in ("splash", "cudnn")
-        self.require(not flash or self.dropout == 0, "attention", "has no dropout: pass --model.dropout 0, or plain")
-        whole = f"takes blocks of 128, which model.block_size={self.block_size} is no multiple of: pass plain"
-        self.require(self.attention != "splash" or self.block_size % 128 == 0, "attention", whole)
+        whole = self.attention in ("blockwise", "splash", "cudnn")
+        self.require(not whole or self.dropout == 0, "attention", "has no dropout: pass --model.dropout 0, or plain")
+        mixed = "cannot keep the documents of model.separator apart: pass blockwise"
+        self.require(self.attention != "cudnn" or self.separator is None, "attention", mixed)
+        blocks = f"takes blocks of 128, which model.block_size={self.block_size} is no multiple of: pass blockwise"
+        self.require(self.attention != "splash" or self.block_size % 128 == 0, "attention", blocks)
 
     def on(self, platform: str) -> "ModelConfig":
         """The config with what 'auto' means on a platform of JAX's: attention and layers."""
         attention, layers = self.attention, self.layers
         if attention == "auto":
-            able = {"tpu": self.block_size % 128 == 0, "gpu": self.dtype == "bfloat16" and self.head_width % 8 == 0}
+            cudnn = self.dtype == "bfloat16" and self.head_width % 8 == 0 and self.separator is None
+            able = {"tpu": self.block_size % 128 == 0, "gpu": cudnn}
             best: dict[str, Any] = {"tpu": "splash", "gpu": "cudnn"}
-            attention = best[platform] if able.get(platform) and not self.dropout else "plain"
+            attention = "blockwise" if self.block_size >= LONG_CONTEXT else "plain"
+            attention = best[platform] if able.get(platform) else attention
+            attention = "plain" if self.dropout else attention
         if layers == "auto":
             layers = "unrolled" if platform == "cpu" else "looped"
         return dataclasses.replace(self, attention=attention, layers=layers)
@@ -166,20 +183,31 @@ class ModelConfig(Section):
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
     learning_rate: float = option(1e-3, "at the end of the warm-up")
-    min_learning_rate: float = option(1e-4, "at the end of the cosine decay and after it")
+    min_learning_rate: float = option(1e-4, "at the end of the decay and after it")
+    schedule: Literal["cosine", "linear"] = option(
+        "cosine", "after the warm-up: a cosine, or constant and then linear (warmup-stable-decay)"
+    )
     warmup_steps: int = option(100, "steps of linear warm-up")
-    decay_steps: int | None = option(None, "step at which the cosine decay ends; none: train.max_steps")
+    decay_steps: int | None = option(None, "step at which the decay ends; none: train.max_steps")
+    decay_fraction: float = option(0.5, "linear: the part of decay_steps, at its end, that decays")
     beta1: float = option(0.9, "AdamW's decay of the mean of gradients")
     beta2: float = option(0.99, "AdamW's decay of the mean of squared gradients")
     weight_decay: float = option(0.1, "AdamW's decay of matrices; biases and LayerNorms have none")
+    matrix_optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "of the blocks' matrices: AdamW as for all else, or Muon"
+    )
+    muon_learning_rate: float = option(0.02, "Muon's at the end of the warm-up; it follows the shape of learning_rate")
+    muon_weight_decay: float = option(0.0, "Muon's decay of its matrices")
     grad_clip: float = option(1.0, "largest global norm of the gradient; 0: no clipping")
 
     def validate(self) -> None:
-        self.require(self.learning_rate > 0, "learning_rate", "is not positive")
+        for name in ("learning_rate", "muon_learning_rate"):
+            self.require(getattr(self, name) > 0, name, "is not positive")
         limit = f"is not in [0, optimizer.learning_rate={self.learning_rate}]"
         self.require(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate", limit)
         self.require(self.decay_steps is None or self.decay_steps > 0, "decay_steps", "is not positive")
-        for name in ("warmup_steps", "weight_decay", "grad_clip"):
+        self.require(0 < self.decay_fraction <= 1, "decay_fraction", "is not in (0, 1]")
+        for name in ("warmup_steps", "weight_decay", "muon_weight_decay", "grad_clip"):
             self.require(getattr(self, name) >= 0, name, "is negative")
         for name in ("beta1", "beta2"):
             self.require(0 <= getattr(self, name) < 1, name, "is not in [0, 1)")
@@ -210,12 +238,17 @@ class TrainConfig(Section):
 @dataclass(frozen=True)
 class MeshConfig(Section):
     data: int = option(-1, "devices over which a batch is split; -1: the rest")
-    fsdp: int = option(1, "devices over which a batch, parameters and optimizer state are split")
+    fsdp: int = option(
+        0,
+        "devices over which a batch, parameters and optimizer state are split; -1: the rest; 0: 1, or where the state "
+        "would then fill more than half of a device's memory, the rest",
+    )
     tensor: int = option(1, "devices over which heads, MLP and vocabulary are split")
 
     def validate(self) -> None:
         for name in ("data", "fsdp", "tensor"):
-            self.require(getattr(self, name) >= 1 or getattr(self, name) == -1, name, "is neither positive nor -1")
+            known = getattr(self, name) >= 1 or getattr(self, name) == -1 or (name == "fsdp" and self.fsdp == 0)
+            self.require(known, name, "is neither positive nor -1")
         rest = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
         self.require(len(rest) <= 1, rest[-1] if rest else "data", "is the second -1: only one axis can be the rest")
 
@@ -234,6 +267,10 @@ class Config(Section):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def validate(self) -> None:
+        idle = self.optimizer.matrix_optimizer == "muon" and self.model.lora_rank > 0
+        self.optimizer.require(not idle, "matrix_optimizer", "trains no updates of LoRA's: pass adamw")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

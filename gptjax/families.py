@@ -170,7 +170,8 @@ def _number(value: Any) -> float:
 def _gpt2_config(values: dict[str, Any]) -> ModelConfig:
     harmless = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     _refuse(values, harmless)
-    forms: dict[str, Any] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf"}
+    forms: dict[str, Any] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+    forms |= {"gelu": "gelu_erf", "relu2": "relu2"}
     activation = values.get("activation_function", "gelu_new")
     if activation not in forms:
         raise UserError(f"activation_function {activation!r} is none of {', '.join(forms)}")
@@ -238,6 +239,8 @@ def family_of(config: ModelConfig) -> Family:
     Raises:
         UserError: none has this combination of fields.
     """
+    for name in ("qk_norm", "embedding_norm", "logit_cap"):
+        config.require(not getattr(config, name), name, "is in no Hugging Face family here: not gpt2, llama or qwen2")
     kind = (config.norm, config.position, config.activation == "swiglu")
     if kind == ("layernorm", "learned", False) and config.kv_heads == config.n_head and not config.qkv_bias:
         return "gpt2"
@@ -262,7 +265,7 @@ def config_values(family: Family, config: ModelConfig) -> dict[str, Any]:
             "n_head": config.n_head,
             "n_embd": config.n_embd,
             "n_inner": config.mlp_width or None,
-            "activation_function": {"gelu_tanh": "gelu_new", "gelu_erf": "gelu"}[config.activation],
+            "activation_function": {"gelu_tanh": "gelu_new", "gelu_erf": "gelu", "relu2": "relu2"}[config.activation],
             "layer_norm_epsilon": config.norm_eps,
             "tie_word_embeddings": config.tied_head,
         }

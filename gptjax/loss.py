@@ -23,29 +23,30 @@ def pieces_of(batch_size: int, length: int, vocab_size: int) -> int:
     return n
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def cross_entropy_sum(
     x_BTD: Float[Array, "B T D"],
     head_VD: Float[Array, "V D"],
     targets_BT: Int[Array, "B T"],
     vocab_size: int,
     n_pieces: int,
+    logit_cap: float = 0.0,
 ) -> Float[Array, ""]:
     """Nats of the targets under softmax(x headᵀ), summed; a target of -1 does not count, ids from vocab_size on are no
-    tokens.
+    tokens. With a cap that is not 0 the softmax is of cap tanh(x headᵀ / cap).
 
     Logits are float32, of one of `n_pieces` of T at a time. The gradient is taken in the forward pass, while a piece's
     logits are there, in products of the inputs' dtype that add up in float32: it costs no second pass over the head.
     """
-    return _on_mesh(x_BTD, head_VD, targets_BT, vocab_size, n_pieces, with_gradient=False)
+    return _on_mesh(x_BTD, head_VD, targets_BT, vocab_size, n_pieces, logit_cap, with_gradient=False)
 
 
-def _forward(x_BTD: Any, head_VD: Any, targets_BT: Any, vocab_size: int, n_pieces: int) -> Any:
-    nats, *gradients = _on_mesh(x_BTD, head_VD, targets_BT, vocab_size, n_pieces, with_gradient=True)
+def _forward(x_BTD: Any, head_VD: Any, targets_BT: Any, vocab_size: int, n_pieces: int, logit_cap: float = 0.0) -> Any:
+    nats, *gradients = _on_mesh(x_BTD, head_VD, targets_BT, vocab_size, n_pieces, logit_cap, with_gradient=True)
     return nats, gradients
 
 
-def _backward(vocab_size: int, n_pieces: int, gradients: Any, scale: jax.Array) -> Any:
+def _backward(vocab_size: int, n_pieces: int, logit_cap: float, gradients: Any, scale: jax.Array) -> Any:
     dx_BTD, dhead_VD = gradients
     return (dx_BTD * scale).astype(dx_BTD.dtype), (dhead_VD * scale).astype(dx_BTD.dtype), None
 
@@ -53,22 +54,37 @@ def _backward(vocab_size: int, n_pieces: int, gradients: Any, scale: jax.Array) 
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
-def _on_mesh(x_BTD: Any, head_VD: Any, targets_BT: Any, vocab_size: int, n_pieces: int, with_gradient: bool) -> Any:
-    """Each device scans its own rows over its own part of the vocabulary; sums over rows are taken once, at the end."""
-    scan = partial(_scan, vocab_size=vocab_size, n_pieces=n_pieces, with_gradient=with_gradient)
+def _on_mesh(
+    x_BTD: Any,
+    head_VD: Any,
+    targets_BT: Any,
+    vocab_size: int,
+    n_pieces: int,
+    logit_cap: float,
+    with_gradient: bool,
+) -> Any:
+    """Each device scans its own rows over its own part of the vocabulary; sums over rows are taken once, at the end.
+
+    Of the head's gradient a device keeps the part that it has of the head.
+    """
+    scan = partial(_scan, vocab_size=vocab_size, n_pieces=n_pieces, logit_cap=logit_cap, with_gradient=with_gradient)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return scan(x_BTD, head_VD, targets_BT)
     split = head_VD.shape[0] % mesh.shape["tensor"] == 0  # a small vocabulary may be whole on each device
+    scattered = head_VD.shape[1] % mesh.shape["fsdp"] == 0
 
     def part(*arrays: Any) -> Any:
         if not with_gradient:
             return jax.lax.psum(scan(*arrays, axis="tensor" if split else None), BATCH_AXES)
         nats, dx_BTD, dhead_VD = scan(*arrays, axis="tensor" if split else None)
-        return jax.lax.psum(nats, BATCH_AXES), dx_BTD, jax.lax.psum(dhead_VD, BATCH_AXES)
+        if scattered:
+            dhead_VD = jax.lax.psum_scatter(dhead_VD, "fsdp", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(nats, BATCH_AXES), dx_BTD, jax.lax.psum(dhead_VD, "data" if scattered else BATCH_AXES)
 
     rows, head = PartitionSpec(BATCH_AXES), PartitionSpec("tensor" if split else None)
-    out = (PartitionSpec(), rows, head) if with_gradient else PartitionSpec()
+    dhead = PartitionSpec("tensor" if split else None, "fsdp" if scattered else None)
+    out = (PartitionSpec(), rows, dhead) if with_gradient else PartitionSpec()
     return jax.shard_map(part, in_specs=(rows, head, rows), out_specs=out, check_vma=False)(x_BTD, head_VD, targets_BT)
 
 
@@ -78,6 +94,7 @@ def _scan(
     targets_BT: Any,
     vocab_size: int,
     n_pieces: int,
+    logit_cap: float,
     with_gradient: bool,
     axis: str | None = None,
 ) -> Any:
@@ -91,6 +108,9 @@ def _scan(
     def piece(carry: Any, inputs: Any) -> Any:
         (nats, dhead_VD), (x_BtD, targets_Bt) = carry, inputs
         logits_BtV = jnp.einsum("BtD,VD->BtV", x_BtD, head_VD, preferred_element_type=jnp.float32)
+        if logit_cap:
+            tanh_BtV = jnp.tanh(logits_BtV / logit_cap)
+            logits_BtV = logit_cap * tanh_BtV
         logits_BtV = jnp.where(ids_11V < vocab_size, logits_BtV, -jnp.inf)
         most_Bt1 = over_axis(jax.lax.pmax, jnp.max(logits_BtV, axis=-1, keepdims=True))
         sum_Bt1 = over_axis(jax.lax.psum, jnp.sum(jnp.exp(logits_BtV - most_Bt1), axis=-1, keepdims=True))
@@ -102,6 +122,8 @@ def _scan(
         if not with_gradient:
             return (nats, dhead_VD), None
         dlogits_BtV = (jnp.exp(logits_BtV - log_sum_Bt1) - hit_BtV) * counts_Bt[:, :, None]
+        if logit_cap:
+            dlogits_BtV *= 1 - jnp.square(tanh_BtV)
         dlogits_BtV = dlogits_BtV.astype(x_BtD.dtype)
         dx_BtD = over_axis(jax.lax.psum, jnp.einsum("BtV,VD->BtD", dlogits_BtV, head_VD))
         dhead_VD += jnp.einsum("BtV,BtD->VD", dlogits_BtV, x_BtD, preferred_element_type=jnp.float32)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gptjax.attention import causal_attention, flash_attention
+from gptjax.attention import causal_attention, sequence_attention
 from gptjax.config import ModelConfig
 from gptjax.sharding import constrain, gathered
 
@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "gelu_erf": lambda x: nn.gelu(x, approximate=False),  # at most 5e-4 away from the tanh form
     "swiglu": nn.silu,  # of the gate, which then multiplies what "up" gives
+    "relu2": lambda x: jnp.square(nn.relu(x)),  # "Primer: Searching for Efficient Transformers"
 }
 
 
@@ -42,8 +43,8 @@ class KVCache(NamedTuple):
 class Linear(nn.Module):
     """x @ kernel + bias from the last `n_in` axes of x to `features`; with LoRA also x @ lora_a @ lora_b, scaled.
 
-    Layers that write to the residual stream start smaller by sqrt(2 L), the number of them. lora_b starts at zero, so
-    that training begins at the weights it has. Source: "LoRA", section 4.1.
+    Layers that write to the residual stream start smaller by sqrt(2 L), the number of them, or at zero. lora_b starts
+    at zero, so that training begins at the weights it has. Source: "LoRA", section 4.1.
     """
 
     config: ModelConfig
@@ -58,7 +59,8 @@ class Linear(nn.Module):
         in_shape, n_out = x.shape[-self.n_in :], math.prod(self.features)
         n_in = math.prod(in_shape)
         std = INIT_STD * (2 * config.n_layer) ** -0.5 if self.residual else INIT_STD
-        kernel = self.param("kernel", nn.initializers.normal(std), (*in_shape, *self.features))
+        init = nn.initializers.zeros if self.residual and config.zero_init else nn.initializers.normal(std)
+        kernel = self.param("kernel", init, (*in_shape, *self.features))
         # As one product of two matrices: with [B, T, D] as it is, XLA on CPUs transposes the gradient of [B, T, F],
         # which took a quarter of a step.
         rows = x.reshape(-1, n_in).astype(dtype)
@@ -81,13 +83,15 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, cache: KVCache | None, position_bT: jax.Array
+        self, x_BTD: jax.Array, cache: KVCache | None, position_bT: jax.Array, document_BT: jax.Array | None
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         bias = config.bias or config.qkv_bias
         q_BTNH = Linear(config, (config.n_head, config.head_width), use_bias=bias, name="query")(x_BTD)
         k_BSKH = Linear(config, (config.kv_heads, config.head_width), use_bias=bias, name="key")(x_BTD)
         v_BSKH = Linear(config, (config.kv_heads, config.head_width), use_bias=bias, name="value")(x_BTD)
+        if config.qk_norm:  # without weights, as in modded-nanoGPT, and so the same before the rotation as after it
+            q_BTNH, k_BSKH = _rms_norm(config, "query_norm")(q_BTNH), _rms_norm(config, "key_norm")(k_BSKH)
         if config.position == "rope":
             angle_bTH = rope_angles(config, position_bT)
             q_BTNH, k_BSKH = rotate(q_BTNH, angle_bTH), rotate(k_BSKH, angle_bTH)
@@ -95,10 +99,10 @@ class Attention(nn.Module):
             k_BSKH = _write(cache.keys, k_BSKH, position_bT[:, 0])
             v_BSKH = _write(cache.values, v_BSKH, position_bT[:, 0])
             cache = KVCache(k_BSKH, v_BSKH)
-        if config.attention in ("splash", "cudnn") and cache is None:
-            y_BTNH = flash_attention(q_BTNH, k_BSKH, v_BSKH, config.attention)
+        if config.attention in ("blockwise", "splash", "cudnn") and cache is None:
+            y_BTNH = sequence_attention(config.attention, q_BTNH, k_BSKH, v_BSKH, document_BT)
         else:
-            y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, position_bT, _Dropout(config.dropout))
+            y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, position_bT, _Dropout(config.dropout), document_BT)
         out = Linear(config, (config.n_embd,), n_in=2, use_bias=config.bias, residual=True, name="out")
         return _Dropout(config.dropout)(out(y_BTNH)), cache
 
@@ -124,10 +128,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, cache: KVCache | None, position_bT: jax.Array
+        self, x_BTD: jax.Array, cache: KVCache | None, position_bT: jax.Array, document_BT: jax.Array | None
     ) -> tuple[jax.Array, KVCache | None]:
         y_BTD, cache = Attention(self.config, name="attention")(
-            _norm(self.config, name="attention_norm")(x_BTD), cache, position_bT
+            _norm(self.config, name="attention_norm")(x_BTD), cache, position_bT, document_BT
         )
         x_BTD = x_BTD + y_BTD
         x_BTD = x_BTD + MLP(self.config, name="mlp")(_norm(self.config, name="mlp_norm")(x_BTD))
@@ -150,6 +154,8 @@ class GPT(nn.Module):
         self.token_embedding = self.param("token_embedding", init, (config.padded_vocab_size, config.n_embd))
         if config.position == "learned":
             self.position_embedding = self.param("position_embedding", init, (config.block_size, config.n_embd))
+        if config.embedding_norm:
+            self.embedding_norm = _rms_norm(config)
         self.embedding_dropout = _Dropout(config.dropout)
         block = Block
         if config.remat != "none":
@@ -159,12 +165,13 @@ class GPT(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=config.n_layer,
             unroll=config.n_layer if config.layers == "unrolled" else 1,
         )(config)
         self.final_norm = _norm(config)
         if not config.tied_head:
+            init = nn.initializers.zeros if config.zero_init else init
             self.head = self.param("head", init, (config.padded_vocab_size, config.n_embd))
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -177,6 +184,7 @@ class GPT(nn.Module):
         """The normalized residual stream after the last block; a row's tokens stand from its offset on, or from 0.
 
         A cache holds the keys and values of positions before the offsets; the new one holds these tokens' too.
+        Documents are kept apart where there is none: a separator is the first token of the document behind it.
         """
         position_bT = jnp.arange(tokens_BT.shape[1])[None]
         if offset_B is not None:
@@ -186,8 +194,13 @@ class GPT(nn.Module):
             x_BTD = x_BTD + self.position_embedding[None, : tokens_BT.shape[1]]
         elif self.config.position == "learned":
             x_BTD = x_BTD + jnp.take(self.position_embedding, position_bT, axis=0, mode="clip")
+        if self.config.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
         x_BTD = constrain(self.embedding_dropout(x_BTD.astype(self.config.dtype)))
-        x_BTD, cache = self.layers(x_BTD, cache, position_bT)
+        document_BT = None
+        if self.config.separator is not None and cache is None:
+            document_BT = jnp.cumsum(tokens_BT == self.config.separator, axis=1)
+        x_BTD, cache = self.layers(x_BTD, cache, position_bT, document_BT)
         return self.final_norm(x_BTD), cache
 
     @nn.nowrap
@@ -197,11 +210,16 @@ class GPT(nn.Module):
         return gathered(head_VD.astype(self.config.dtype), "head")
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Float32 logits over the padded vocabulary: -inf at padded ids, which so are neither sampled nor scored."""
+        """Float32 logits over the padded vocabulary: -inf at padded ids, which so are neither sampled nor scored.
+
+        With a cap no other is larger: cap tanh(x / cap) ("Gemma 2", section 2).
+        """
         tree = {"token_embedding": self.token_embedding} if self.config.tied_head else {"head": self.head}
         head_VD = self.head_of(tree)
         logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
         logits_BTV = constrain(logits_BTV, None, "tensor")
+        if cap := self.config.logit_cap:
+            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits_BTV
         real_V = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
@@ -246,9 +264,16 @@ def _write(cache_BSKH: jax.Array, new_BTKH: jax.Array, offset_b: jax.Array) -> j
 
 def _norm(config: ModelConfig, name: str | None = None) -> nn.Module:
     """LayerNorm or RMSNorm; Flax's own epsilon is 1e-6, GPT-2's 1e-5."""
+    if config.norm == "nonparametric_rmsnorm":
+        return _rms_norm(config, name)
     if config.norm == "rmsnorm":
         return nn.RMSNorm(epsilon=config.norm_eps, dtype=config.dtype, name=name)
     return nn.LayerNorm(epsilon=config.norm_eps, use_bias=config.bias, dtype=config.dtype, name=name)
+
+
+def _rms_norm(config: ModelConfig, name: str | None = None) -> nn.Module:
+    """x / RMS(x), without weights."""
+    return nn.RMSNorm(epsilon=config.norm_eps, use_scale=False, dtype=config.dtype, name=name)
 
 
 class _Dropout(nn.Module):

@@ -1,23 +1,34 @@
-"""The learning-rate schedule and the AdamW chain, from optax."""
+"""The learning-rate schedule, AdamW and Muon, from optax."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from gptjax.config import OptimizerConfig
+from gptjax.sharding import by_layer
 
 
 def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up, then a cosine down to the floor at decay_steps, then the floor.
+    """Step -> AdamW's learning rate: linear warm-up, then down to the floor at decay_steps, then the floor.
 
-    Step n of the warm-up has (n + 1) / (warmup_steps + 1) of the peak, as in nanoGPT: the first is not lost on 0.
+    The way down is a cosine, or constant and then a line. Step n of the warm-up has (n + 1) / (warmup_steps + 1) of the
+    peak, as in nanoGPT: the first is not lost on 0. Source of the line: "MiniCPM", section 4.
     """
+    end = max(config.decay_steps or max_steps, config.warmup_steps + 1)
+    if config.schedule == "linear":
+        start = max(round(end * (1 - config.decay_fraction)), config.warmup_steps)
+        corners = jnp.array([0, config.warmup_steps, start, end], jnp.float32)
+        first = config.learning_rate / (config.warmup_steps + 1)
+        rates = jnp.array([first, config.learning_rate, config.learning_rate, config.min_learning_rate], jnp.float32)
+        return lambda step: jnp.interp(step, corners, rates)
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup_steps + 1),
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
-        decay_steps=max(config.decay_steps or max_steps, config.warmup_steps + 1),
+        decay_steps=end,
         end_value=config.min_learning_rate,
     )
 
@@ -25,18 +36,34 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, max_steps: int, lora: bool = False) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW that decays matrices and embeddings but no bias and no LayerNorm.
 
-    With `lora` only LoRA's parameters change, and only they have moments.
-    Source: "Decoupled Weight Decay Regularization", algorithm 2; which parameters decay is nanoGPT's choice.
+    With "muon" each matrix of each block follows its own momentum, orthogonalized: M = 0.95 M + 0.05 G; the step is
+    rate sqrt(max(1, out / in)) NS(0.95 M + 0.05 G), where NS are five Newton-Schulz iterations (they take singular
+    values to about 0.7 to 1.2), in float32 at the hardware's own precision of products. M and G are divided by what
+    their averages lack in the first steps, as Adam's are and torch.optim.Muon's are not. With `lora` only LoRA's
+    parameters change, and only they have moments.
+    Sources: "Decoupled Weight Decay Regularization", algorithm 2; which parameters decay is nanoGPT's choice. "Muon: An
+    optimizer for hidden layers in neural networks" (Jordan, 2024).
     """
-    adamw = optax.adamw(
-        make_schedule(config, max_steps),
+    schedule = make_schedule(config, max_steps)
+    optimizer = optax.adamw(
+        schedule,
         config.beta1,
         config.beta2,
         weight_decay=config.weight_decay,
         mask=_is_matrix,
     )
+    if config.matrix_optimizer == "muon":
+        ratio = config.muon_learning_rate / config.learning_rate
+        muon = optax.contrib.muon(
+            lambda step: ratio * schedule(step),
+            weight_decay=config.muon_weight_decay,
+            muon_weight_dimension_numbers=_matrix_axes,
+        )
+        # Matrices whole, or each of the iterations' products would wait for other devices.
+        whole = optax.stateless(lambda updates, params: jax.tree.map(by_layer, updates))
+        optimizer = optax.partition({"muon": optax.chain(whole, muon, whole), "adamw": optimizer}, _labels)
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
-    optimizer = optax.chain(clip, adamw)
+    optimizer = optax.chain(clip, optimizer)
     if not lora:
         return optimizer
     labels = {True: "trained", False: "frozen"}
@@ -51,6 +78,21 @@ def freeze(params: Any) -> Any:
 
 def _is_lora(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: path[-1].key.startswith("lora_"), params)
+
+
+def _labels(params: Any) -> Any:
+    """Muon for the kernels, all of which are in the blocks; AdamW for embeddings, head, norms and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: "muon" if path[-1].key == "kernel" else "adamw", params)
+
+
+def _matrix_axes(params: Any) -> Any:
+    """Which axes of a kernel are its matrix's inputs, and which its outputs; the first is the layer and neither."""
+
+    def axes(path: tuple[Any, ...], kernel: Any) -> optax.contrib.MuonDimensionNumbers:
+        n_in = 2 if path[-2].key == "out" else 1  # heads and their width
+        return optax.contrib.MuonDimensionNumbers(tuple(range(1, 1 + n_in)), tuple(range(1 + n_in, kernel.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def _is_matrix(params: Any) -> Any:

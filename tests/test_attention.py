@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, interpreted on the CPU, is plain causal attention, gradients too."""
+"""The forms of attention that never hold all scores are plain causal attention, gradients too, documents or not."""
 
 from functools import partial
 
@@ -9,24 +9,60 @@ import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gptjax import attention
-from gptjax.attention import causal_attention, flash_attention
+from gptjax.attention import causal_attention, sequence_attention
 
 
-@pytest.mark.parametrize(("n_head", "n_kv_head", "length", "block"), [(2, 2, 128, 1024), (4, 2, 256, 128)])
-def test_splash_attention_is_causal_attention(monkeypatch, n_head, n_kv_head, length, block):
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "n_head", "n_kv_head", "length", "block"),
+    [
+        ("splash", 2, 2, 128, 1024),
+        ("splash", 4, 2, 256, 128),
+        ("blockwise", 2, 2, 100, 32),
+        ("blockwise", 4, 2, 64, 64),
+    ],
+)
+def test_sequence_attention_is_causal_attention(monkeypatch, kind, n_head, n_kv_head, length, block, documents):
     monkeypatch.setattr(attention, "SPLASH_BLOCK", block)
+    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(splash_attention, "make_splash_mha", partial(splash_attention.make_splash_mha, interpret=True))
     rng = np.random.default_rng(0)
     shapes = [(2, length, heads, 64) for heads in (n_head, n_kv_head, n_kv_head, n_head)]
     q_BTNH, k_BTKH, v_BTKH, direction_BTNH = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    document_BT = jnp.cumsum(jnp.asarray(rng.random((2, length)) < 0.05), axis=1) if documents else None
 
     def both(function):
-        return jax.value_and_grad(lambda *qkv: jnp.sum(function(*qkv) * direction_BTNH), (0, 1, 2))
+        return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(function(*qkv) * direction_BTNH), (0, 1, 2)))
 
-    position_bT = jnp.arange(length)[None]
-    value, gradients = both(lambda *qkv: causal_attention(*qkv, position_bT))(q_BTNH, k_BTKH, v_BTKH)
-    monkeypatch.setattr(splash_attention, "make_splash_mha", partial(splash_attention.make_splash_mha, interpret=True))
-    kernel = jax.jit(both(lambda *qkv: flash_attention(*qkv, "splash")))(q_BTNH, k_BTKH, v_BTKH)
+    def plain(*qkv):
+        return causal_attention(*qkv, jnp.arange(length)[None], document_BS=document_BT)
+
+    def blocks(*qkv):
+        return sequence_attention(kind, *qkv, document_BT)
+
+    expected, found = [both(function)(q_BTNH, k_BTKH, v_BTKH) for function in (plain, blocks)]
     # Sums of hundreds of float32 terms of order 1, in another order and rescaled block by block.
-    np.testing.assert_allclose(kernel[0], value, rtol=1e-4)
-    for ours, theirs in zip(kernel[1], gradients, strict=True):
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4)
+
+
+def test_blockwise_attention_never_holds_all_scores():
+    def largest(kind):
+        shape = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
+        loss = jax.grad(lambda *qkv: jnp.sum(kind(*qkv)), (0, 1, 2))
+        return jax.jit(loss).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    scores = 4 * 4096**2
+    assert largest(lambda *qkv: causal_attention(*qkv, jnp.arange(4096)[None])) > scores
+    assert largest(partial(sequence_attention, "blockwise")) < scores / 4
+
+
+def test_tokens_of_one_document_do_not_see_another():
+    q, k, v = [jnp.asarray(np.random.default_rng(i).standard_normal((1, 6, 1, 4)), jnp.float32) for i in range(3)]
+    document_BT = jnp.asarray([[0, 0, 1, 1, 1, 2]])
+    position_bT = jnp.arange(6)[None]
+    whole = causal_attention(q, k, v, position_bT, document_BS=document_BT)
+    for start, end in ((0, 2), (2, 5), (5, 6)):
+        alone = causal_attention(q[:, start:end], k[:, start:end], v[:, start:end], jnp.arange(end - start)[None])
+        np.testing.assert_allclose(whole[:, start:end], alone, rtol=1e-6, atol=1e-6)

@@ -14,6 +14,17 @@ from gptjax.generate import CHUNK, Memory, Sampling, decode, generate, prefill, 
 from gptjax.model import GPT, init_cache
 
 TINY = ModelConfig(vocab_size=61, block_size=40, n_layer=2, n_head=2, n_embd=16, bias=True, dtype="float32")
+SPEEDRUN = replace(
+    TINY,
+    activation="relu2",
+    norm="nonparametric_rmsnorm",
+    position="rope",
+    qk_norm=True,
+    embedding_norm=True,
+    logit_cap=2.0,
+    tied_head=False,
+    n_kv_head=1,
+)
 GREEDY = Sampling(temperature=0.0)
 # Below, at and above the lengths to which prompts are padded (32, and 40 = block_size), up to several blocks.
 PROMPT_LENGTHS = [1, 31, 32, 33, 40, 41, 97]
@@ -84,14 +95,16 @@ def naive_refill(params, prompt, n):
     return new
 
 
-def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(params):
-    tokens_BT = text(TINY.block_size, batch=3)
-    full_BTV = np.asarray(logits_of(TINY, params, tokens_BT))
-    cache = init_cache(TINY, 3, TINY.block_size + CHUNK)
+@pytest.mark.parametrize("config", [TINY, SPEEDRUN], ids=["gpt2", "speedrun"])
+def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(params, scramble, config):
+    params = params if config is TINY else scramble(config)
+    tokens_BT = text(config.block_size, batch=3)
+    full_BTV = np.asarray(logits_of(config, params, tokens_BT))
+    cache = init_cache(config, 3, config.block_size + CHUNK)
     assert full_BTV.std() > 0.5
-    for position in range(TINY.block_size):
+    for position in range(config.block_size):
         token_B1 = tokens_BT[:, position : position + 1]
-        logits_B1V, cache = read(TINY, params, token_B1, cache, jnp.full(3, position))
+        logits_B1V, cache = read(config, params, token_B1, cache, jnp.full(3, position))
         # The same sums in another order, for logits of order 1: 2e-6 as measured.
         np.testing.assert_allclose(logits_B1V[:, 0], full_BTV[:, position], rtol=0, atol=1e-5)
 

@@ -37,7 +37,18 @@ PLAIN = ModelConfig(
 LLAMA = replace(
     PLAIN, n_layer=2, norm="rmsnorm", position="rope", activation="swiglu", n_head=4, n_kv_head=2, bias=False
 )
-MODELS = {"gpt2": PLAIN, "llama": LLAMA}
+SPEEDRUN = replace(
+    PLAIN,
+    norm="nonparametric_rmsnorm",
+    position="rope",
+    activation="relu2",
+    qk_norm=True,
+    embedding_norm=True,
+    logit_cap=2.0,
+    tied_head=False,
+    bias=False,
+)
+MODELS = {"gpt2": PLAIN, "llama": LLAMA, "speedrun": SPEEDRUN}
 RANK, SEED = {"lora_rank": 3}, 7
 CONFIG = Config(
     model=replace(PLAIN, **RANK),

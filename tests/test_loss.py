@@ -9,7 +9,9 @@ import optax
 import pytest
 
 from gptjax import loss
+from gptjax.config import MeshConfig
 from gptjax.loss import cross_entropy_sum, pieces_of
+from gptjax.sharding import make_mesh
 
 B, T, D, V, N_TOKENS = 3, 16, 8, 40, 37
 
@@ -23,21 +25,23 @@ def inputs():
     return jnp.asarray(x_BTD, jnp.float32), jnp.asarray(head_VD, jnp.float32), jnp.asarray(targets_BT, jnp.int32)
 
 
-def plain(x_BTD, head_VD, targets_BT):
+def plain(x_BTD, head_VD, targets_BT, logit_cap=0.0):
     logits_BTV = x_BTD @ head_VD[:N_TOKENS].T
+    if logit_cap:
+        logits_BTV = logit_cap * jnp.tanh(logits_BTV / logit_cap)
     nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, jnp.maximum(targets_BT, 0))
     return jnp.sum(jnp.where(targets_BT >= 0, nats_BT, 0.0))
 
 
-@pytest.mark.parametrize("n_pieces", [1, 2, 16])
-def test_loss_and_gradients_are_the_plain_ones(inputs, n_pieces):
+@pytest.mark.parametrize(("n_pieces", "logit_cap"), [(1, 0.0), (2, 0.0), (16, 0.0), (1, 3.0), (2, 1.5)])
+def test_loss_and_gradients_are_the_plain_ones(inputs, n_pieces, logit_cap):
     x_BTD, head_VD, targets_BT = inputs
 
     def scaled(function, *weights):
         return 0.7 * function(*weights)  # a gradient from behind that is not 1
 
-    ours = partial(scaled, lambda x, head: cross_entropy_sum(x, head, targets_BT, N_TOKENS, n_pieces))
-    theirs = partial(scaled, lambda x, head: plain(x, head, targets_BT))
+    ours = partial(scaled, lambda x, head: cross_entropy_sum(x, head, targets_BT, N_TOKENS, n_pieces, logit_cap))
+    theirs = partial(scaled, lambda x, head: plain(x, head, targets_BT, logit_cap))
     value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(x_BTD, head_VD)
     expected, expected_gradients = jax.value_and_grad(theirs, (0, 1))(x_BTD, head_VD)
     # float32 sums of 41 terms of order 1, in another order.
@@ -45,6 +49,18 @@ def test_loss_and_gradients_are_the_plain_ones(inputs, n_pieces):
     for ours_, theirs_ in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours_, theirs_, rtol=0, atol=1e-5)
     np.testing.assert_allclose(jax.jit(ours)(x_BTD, head_VD), expected, rtol=1e-5)
+
+
+def test_a_vocabulary_in_parts_has_the_plain_gradients_too(inputs):
+    """With a cap, on a mesh that splits rows and vocabulary; ids from N_TOKENS on are in its last part."""
+    x_BTD, head_VD, targets_BT = [jnp.concatenate([each, each]) if i != 1 else each for i, each in enumerate(inputs)]
+    ours = jax.value_and_grad(lambda x, head: cross_entropy_sum(x, head, targets_BT, N_TOKENS, 2, 2.0), (0, 1))
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, tensor=4), 6)):
+        value, gradients = jax.block_until_ready(jax.jit(ours)(x_BTD, head_VD))
+    expected, expected_gradients = jax.value_and_grad(plain, (0, 1))(x_BTD, head_VD, targets_BT, 2.0)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)  # as above
+    for ours_, theirs_ in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(ours_, theirs_, rtol=0, atol=1e-5)
 
 
 def test_gradients_of_bfloat16_are_near_the_float32_ones(inputs):

@@ -16,6 +16,8 @@ from gptjax.optimizer import make_optimizer
 from gptjax.training import TrainState, init_state, loss_sum, train_step
 
 TINY = ModelConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16, bias=True, dtype="float32")
+SPEEDRUN = {"activation": "relu2", "norm": "nonparametric_rmsnorm", "position": "rope", "qk_norm": True}
+SPEEDRUN |= {"embedding_norm": True, "logit_cap": 2.0, "tied_head": False, "bias": False}
 
 
 def tokens_of(config, batch=2, seed=0, length=None):
@@ -32,18 +34,32 @@ def abstract_params(config):
     return jax.eval_shape(lambda: init_state(Config(model=config)).params)
 
 
-def test_a_logit_depends_on_its_own_and_earlier_tokens_only(scramble):
-    params, tokens_BT = scramble(TINY), tokens_of(TINY, batch=1)
+@pytest.mark.parametrize("fields", [{}, SPEEDRUN | {"position": "learned"}], ids=["gpt2", "speedrun"])
+def test_a_logit_depends_on_its_own_and_earlier_tokens_only(scramble, fields):
+    config = replace(TINY, **fields)
+    params, tokens_BT = scramble(config), tokens_of(config, batch=1)
 
     def one_number_per_place(position_embedding):
         # Its row s is added to token s and goes nowhere else: a gradient by it is one by token s's embedding.
-        return logits_of(TINY, params | {"position_embedding": position_embedding}, tokens_BT)[0] @ direction
+        return logits_of(config, params | {"position_embedding": position_embedding}, tokens_BT)[0] @ direction
 
     direction = jnp.asarray(np.random.default_rng(1).standard_normal(TINY.vocab_size), jnp.float32)
     jacobian_TSD = np.asarray(jax.jit(jax.jacrev(one_number_per_place))(params["position_embedding"]))
     seen_TS = np.tril(np.ones((TINY.block_size, TINY.block_size), bool))
     assert (jacobian_TSD[~seen_TS] == 0).all()
     assert (np.abs(jacobian_TSD[seen_TS]).max(axis=-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("attention", ["plain", "blockwise"])
+def test_a_document_does_not_see_the_one_before_it(scramble, attention):
+    config = replace(TINY, separator=7, attention=attention)
+    params, tokens_BT = scramble(config), tokens_of(config).at[:].set(3).at[:, 5].set(7)
+    for changed, same in ((2, slice(5, None)), (7, slice(0, 7))):
+        logits = logits_of(config, params, tokens_BT.at[:, changed].set(11))
+        np.testing.assert_array_equal(logits[:, same], logits_of(config, params, tokens_BT)[:, same])
+        assert (logits[:, changed] != logits_of(config, params, tokens_BT)[:, changed]).any()
+    without = logits_of(replace(config, separator=None), params, tokens_BT)
+    assert (without[:, 6:] != logits_of(config, params, tokens_BT)[:, 6:]).any()
 
 
 def test_gpt2_124m_has_its_published_number_of_parameters():
@@ -84,8 +100,32 @@ def test_initialization():
             assert not np.array_equal(values[0], values[1]), f"{name}: layers begin alike"
 
 
-def test_padded_ids_take_no_part(scramble):
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_projections_that_begin_at_zero(tied_head):
+    """Each block then passes on what it is given, and an untied head finds all tokens alike."""
+    config = replace(TINY, zero_init=True, tied_head=tied_head)
+    params = jax.jit(GPT(config).init)(jax.random.key(0), tokens_of(config))["params"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert name.endswith("bias") or leaf.any() == (not name.endswith(("out/kernel", "down/kernel", "head"))), name
+    assert tied_head or not logits_of(config, params, tokens_of(config)).any()
+
+
+def test_capped_logits(scramble):
+    """The padding's are not capped: it takes no part."""
     config = replace(TINY, vocab_size=1030)
+    params, tokens_BT = scramble(config), tokens_of(config)
+    plain_BTV, capped_BTV = (
+        logits_of(config, params, tokens_BT),
+        logits_of(replace(config, logit_cap=1.5), params, tokens_BT),
+    )
+    np.testing.assert_allclose(capped_BTV[..., :1030], 1.5 * np.tanh(plain_BTV[..., :1030] / 1.5), rtol=0, atol=1e-6)
+    assert np.abs(plain_BTV[..., :1030]).max() > 2 and (capped_BTV[..., 1030:] == -np.inf).all()
+
+
+@pytest.mark.parametrize("logit_cap", [0.0, 2.0])
+def test_padded_ids_take_no_part(scramble, logit_cap):
+    config = replace(TINY, vocab_size=1030, logit_cap=logit_cap)
     params, windows_BT = scramble(config), tokens_of(config, length=config.block_size + 1)
     logits_BTV = np.asarray(logits_of(config, params, windows_BT[:, :-1]))
     assert logits_BTV.shape[-1] == 1152
@@ -220,10 +260,10 @@ def test_layer_norms_have_gpt2s_epsilon(scramble):
 
 
 @pytest.mark.parametrize(
-    "variant", [{}, {"norm": "rmsnorm", "position": "rope", "activation": "swiglu", "n_kv_head": 1}]
+    "variant", [{}, {"norm": "rmsnorm", "position": "rope", "activation": "swiglu", "n_kv_head": 1}, SPEEDRUN]
 )
 def test_layers_in_a_loop_are_the_layers_unrolled(scramble, variant):
-    config = replace(TINY, n_layer=3, n_kv_head=variant.pop("n_kv_head", 0), **variant)
+    config = replace(TINY, n_layer=3, **variant)
     params, tokens_BT = scramble(config), tokens_of(config)
     unrolled = replace(config, layers="unrolled")
     looped = logits_of(replace(config, layers="looped"), params, tokens_BT)
@@ -245,10 +285,19 @@ def test_rope_sees_distances_alone():
     assert np.isclose(np.linalg.norm(rotate(q, rope_angles(config, jnp.array([[31]])))), np.linalg.norm(q), rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize("layers", [pytest.param("unrolled", marks=pytest.mark.slow), "looped"])
-def test_computing_again_changes_no_gradient_and_holds_less(scramble, remat, layers, assert_trees_close):
-    config = replace(TINY, n_layer=4, layers=layers, dropout=0.1, block_size=64)
+@pytest.mark.parametrize(
+    ("remat", "layers", "fields"),
+    [
+        ("dots", "looped", {}),
+        ("full", "looped", SPEEDRUN),
+        pytest.param("full", "looped", {}, marks=pytest.mark.slow),
+        pytest.param("dots", "looped", SPEEDRUN, marks=pytest.mark.slow),
+        pytest.param("dots", "unrolled", {}, marks=pytest.mark.slow),
+        pytest.param("full", "unrolled", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_computing_again_changes_no_gradient_and_holds_less(scramble, remat, layers, fields, assert_trees_close):
+    config = replace(TINY, n_layer=4, layers=layers, dropout=0.1, block_size=64, **fields)
     params, windows_BW, key = scramble(config), tokens_of(config, batch=8, length=65), jax.random.key(0)
 
     def compiled(config):

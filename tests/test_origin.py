@@ -73,7 +73,7 @@ def train():
         patch.setattr(loop, "compile_steps", compile_steps)
         patch.setattr(report, "plot_losses", lambda *arguments, **options: None)
         patch.setattr(flops, "measured_matmul_peak", lambda *arguments: 1e12)
-        yield lambda *arguments: script.main([*map(str, arguments)])
+        yield lambda *arguments: script.main([*map(str, arguments), "--num_processes", "1"])
 
 
 @pytest.fixture(scope="module")

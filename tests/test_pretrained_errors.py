@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
-from gptjax.families import expected_tensors, read_config
+from gptjax.families import expected_tensors, family_of, read_config
 from gptjax.language_model import LanguageModel
 from gptjax.origin import open_origin
 from gptjax.pretrained import open_weights
@@ -150,6 +150,24 @@ def shards(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return weight_map
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"qk_norm": True}, "model.qk_norm=True"),
+        ({"embedding_norm": True}, "model.embedding_norm=True"),
+        ({"logit_cap": 15.0}, "model.logit_cap=15.0"),
+        ({"norm": "nonparametric_rmsnorm"}, "model.norm=nonparametric_rmsnorm"),
+        ({"activation": "relu2", "norm": "rmsnorm", "position": "rope"}, "activation=relu2"),
+    ],
+)
+@pytest.mark.parametrize("base", [{}, {"activation": "swiglu", "norm": "rmsnorm", "position": "rope"}])
+def test_a_model_of_ours_that_no_family_has(base, fields, named):
+    with pytest.raises(UserError) as error:
+        family_of(ModelConfig(**base | fields))
+    assert named in str(error.value) and "Hugging Face family" in str(error.value) and "\n" not in str(error.value)
+    assert family_of(ModelConfig(**base, zero_init=True)) in ("gpt2", "llama")  # only the start differs
 
 
 def test_no_folder_and_an_empty_one(tmp_path, make):

@@ -349,6 +349,7 @@ def start(folder, mesh, **model):
 OWN = {
     "gpt2-no-bias": ModelConfig(bias=False),
     "gpt2-bias-erf-untied": ModelConfig(bias=True, activation="gelu_erf", mlp_width=52, tied_head=False),
+    "gpt2-relu2": ModelConfig(bias=True, activation="relu2"),
     "llama": ModelConfig(activation="swiglu", norm="rmsnorm", position="rope", n_kv_head=2, mlp_width=44),
     "llama-biases-scaled": ModelConfig(
         activation="swiglu",
