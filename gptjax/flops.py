@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,28 @@ _TABLE: tuple[tuple[str, float, float, float], ...] = (
     ("GB200", 10e3 / 2 / 2, 16e3 / 2, 372 / 2),
 )
 
+# How fast what leaves a device can reach others, GB/s one way: for a TPU over one link of its torus (Google's pages as
+# above state all links of a chip, both ways: 400, 800 and 1,200 GB/s for v5e, v6e and v5p; v4's 2,400 Gbit/s are one
+# way), for a GPU over all of its NVLinks (half of what the datasheets state), and from node to node its part of the
+# network (DGX A100, H100, H200 and B200 user guides: a card of 200, and later of 400 Gbit/s, for each GPU).
+# "How to Scale Your Model", chapter 2, counts with 45 and 90 GB/s for a link of v5e and v6e or v5p: what arrives.
+INTERCONNECT = {
+    "TPU v4": 2400e9 / 8 / 6,
+    "TPU v5 lite": 400e9 / 2 / 4,
+    "TPU v5": 1200e9 / 2 / 6,
+    "TPU v6 lite": 800e9 / 2 / 4,
+    "NVIDIA A100-SXM4-80GB": 600e9 / 2,
+    "NVIDIA H100 80GB HBM3": 900e9 / 2,
+    "NVIDIA H200": 900e9 / 2,
+    "NVIDIA B200": 1800e9 / 2,
+}
+NODE_NETWORK = {
+    "NVIDIA A100-SXM4-80GB": 200e9 / 8,
+    "NVIDIA H100 80GB HBM3": 400e9 / 8,
+    "NVIDIA H200": 400e9 / 8,
+    "NVIDIA B200": 400e9 / 8,
+}
+
 PEAKS = {
     name: Peak(flops=tflops * 1e12, bandwidth=gigabytes * 1e9, memory=round(gibibytes * 2**30))
     for names, tflops, gigabytes, gibibytes in _TABLE
@@ -115,6 +138,13 @@ def train_flops_per_token(*, n_matmul_params: int, n_layer: int, n_embd: int, bl
     if it were not causal, and recomputation is not counted.
     """
     return 6 * n_matmul_params + 12 * n_layer * n_embd * block_size
+
+
+def matmul_params(params: Any) -> int:
+    """Entries of the weight matrices among a model's parameters: N of `train_flops_per_token`."""
+    head = params["head" if "head" in params else "token_embedding"]
+    layers = jax.tree_util.tree_leaves_with_path(params["layers"])
+    return head.size + sum(leaf.size for path, leaf in layers if path[-1].key == "kernel")
 
 
 def mfu(tokens_per_second: float, flops_per_token: int, peak_flops: float) -> float:

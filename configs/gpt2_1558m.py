@@ -1,0 +1,21 @@
+"""GPT-2 XL, 1558M parameters, on OpenWebText with the recipe of gpt2_124m.py: 0.5M tokens a step.
+
+    python train.py --config configs/gpt2_1558m.py
+
+Planned, not run (docs/plan.md): on v5e-8 with --mesh.fsdp -1 --mesh.data 1 --train.accumulate 16
+6.2 GiB of 15.8 a chip and 705 hours at least; on 8 H100s with --train.accumulate 4 8.4 GiB and 134 hours.
+The learning rate is GPT-3's for this size (table 2.1); data/openwebtext as for gpt2_124m.py.
+"""
+
+from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+config = Config(
+    data=DataConfig(source="data/openwebtext", tokenizer="gpt2"),
+    model=ModelConfig(n_layer=48, n_head=25, n_embd=1600, block_size=1024, bias=False, dropout=0.0, remat="full"),
+    optimizer=OptimizerConfig(
+        learning_rate=2e-4, min_learning_rate=2e-5, warmup_steps=2000, beta2=0.95, weight_decay=0.1, grad_clip=1.0
+    ),
+    train=TrainConfig(
+        max_steps=600_000, batch_size=512, accumulate=8, eval_interval=1000, eval_batches=200, save_interval=1000
+    ),
+)
