@@ -1,15 +1,17 @@
 """Train a GPT. What a config file sets can be set here too, and wins. Ctrl-C saves and stops; --resume goes on."""
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptjax import distributed
 from gptjax.config import Config, Parser, Section, load_config_file, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.host import use_cores
 from gptjax.loop import train
-from gptjax.run import holds_run, new_run_dir, newest_run
+from gptjax.run import can_resume, new_run_dir, newest_run
 
 
 @dataclass(frozen=True)
@@ -17,19 +19,41 @@ class Arguments(Section):
     config: str | None = option(None, "Python file that builds a `config`; none: the defaults below")
     out_dir: str | None = option(None, "the run's folder; none: out/NAME, where NAME is the config file's")
     resume: bool = option(False, "continue the run in --out_dir, or else the newest one of this config")
-    cpu_devices: int | None = option(
-        None, "CPU devices; none: those of the mesh, or as many as there are cores and as divide a batch evenly"
+    auto_resume: bool = option(
+        False, "--resume if --out_dir holds a run that can go on, else begin it: for jobs that a cluster starts again"
     )
+    cpu_devices: int | None = option(
+        None,
+        "CPU devices of a process; none: those of the mesh, or as many as there are cores and as divide a batch evenly",
+    )
+    coordinator: str | None = option(
+        None, "HOST:PORT of process 0, where several processes train one model and no cluster says so"
+    )
+    num_processes: int | None = option(None, "how many processes train; 1: this one alone, whatever the cluster says")
+    process_id: int | None = option(None, "which of them this is, from 0")
 
     def validate(self) -> None:
-        self.require(self.cpu_devices is None or self.cpu_devices > 0, "cpu_devices", "is not positive")
+        for name in ("cpu_devices", "num_processes"):
+            self.require(getattr(self, name) is None or getattr(self, name) > 0, name, "is not positive")
+        known = self.process_id is None or 0 <= self.process_id < (self.num_processes or 0)
+        self.require(known, "process_id", f"is not in [0, num_processes={self.num_processes})")
+        address = self.coordinator is None or re.fullmatch(r".+:\d+", self.coordinator)
+        self.require(bool(address), "coordinator", "is not HOST:PORT")
+        self.require(self.out_dir is not None or not self.auto_resume, "auto_resume", "takes an --out_dir")
 
     def run_dir(self) -> Path:
+        """The folder of the run to continue, or of a new one.
+
+        Raises:
+            UserError: there is none to continue, or one where a new one should be.
+        """
         name = Path(self.config).stem if self.config else None
+        if self.auto_resume and self.out_dir:
+            return Path(self.out_dir)
         if not self.resume:
             return new_run_dir(name or "default", self.out_dir)
         path = Path(self.out_dir) if self.out_dir else newest_run(name)
-        if not holds_run(path):
+        if not can_resume(path):
             raise UserError(f"{path} holds no run with a checkpoint to resume; leave --resume out to start one there")
         return path
 
@@ -37,18 +61,24 @@ class Arguments(Section):
 def main(argv: Sequence[str]) -> int:
     first, parser = Parser("train.py", None, add_help=False), Parser("train.py", __doc__)
     first.add_fields(Arguments())
-    helping = bool({"-h", "--help"} & set(argv))
+    parser.add_fields(Arguments())
     [arguments] = first.parse(argv, Arguments(), strict=False)
-    run_dir = Path() if helping else arguments.run_dir()
-    config = Config.from_json(run_dir / "config.json") if arguments.resume and not helping else Config()
-    if arguments.config:
-        config = load_config_file(Path(arguments.config))
-    parser.add_fields(arguments)
-    parser.add_fields(config)
-    _, config = parser.parse(argv, arguments, config)
-    on_mesh = max(0, config.mesh.data * config.mesh.fsdp * config.mesh.tensor)  # 0 where one of them is the rest
-    use_cores(config.train.batch_size // config.train.accumulate, arguments.cpu_devices or on_mesh)
-    return train(config, run_dir, arguments.resume)
+    if {"-h", "--help"} & set(argv):
+        parser.add_fields(load_config_file(Path(arguments.config)) if arguments.config else Config())
+        parser.parse(argv)
+    with distributed.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
+        run_dir = Path(distributed.from_first("folder", lambda: str(arguments.run_dir())))
+        resume = distributed.from_first("resume", lambda: str(can_resume(run_dir))) == "True"
+        config = Config.from_json(run_dir / "config.json") if resume else Config()
+        if arguments.config:
+            config = load_config_file(Path(arguments.config))
+        parser.add_fields(config)
+        _, config = parser.parse(argv, arguments, config)
+        rows = config.train.batch_size // config.train.accumulate
+        on_mesh = config.mesh.data * (config.mesh.fsdp or 1) * config.mesh.tensor  # negative: one of them is the rest
+        n_processes = distributed.count()
+        use_cores(rows // n_processes, arguments.cpu_devices or max(0, on_mesh // n_processes))
+        return train(config, run_dir, resume)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,22 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its inner wor
 class Checkpoints:
     """The newest checkpoint in a folder; a newer one takes its place once it is complete on disk.
 
-    A checkpoint has one item for each tree that `save` was given (params, opt_state) and a dictionary, `meta`.
+    A checkpoint has one item for each tree that `save` was given (params, opt_state) and a dictionary, `meta`. Several
+    processes write one together, each its part, or read one together; with `read_only` each reads for itself.
     """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
-        self.folder = folder
+        self.folder, self._alone = folder, read_only
+        if bad := set("[]*?") & set(str(folder.absolute())):  # Orbax would take them for a pattern, and save nothing
+            raise UserError(f"{folder.absolute()} has {min(bad)!r} in its name: checkpoints cannot be written there")
+        together: dict[str, Any] = {"barrier_sync_key_prefix": folder.name}  # or two folders' barriers would be one
+        process = jax.process_index()
+        alone = {"primary_host": process, "active_processes": {process}, "barrier_sync_key_prefix": f"alone{process}"}
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1,
             read_only=read_only,
             create=not read_only,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(**(alone if read_only else together)),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         handlers: Any = {"params": ocp.StandardCheckpointHandler(), "opt_state": ocp.StandardCheckpointHandler()}
@@ -103,14 +110,20 @@ class Checkpoints:
         if jax.process_index() == 0:
             for folder in self.folder.iterdir():
                 if folder.is_dir() and not (folder / CHECKSUMS).exists():
-                    (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=1))
+                    files = sorted(path for path in folder.glob("*/**/*") if path.is_file())  # final by now
+                    sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
+                    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
     def _verify_checksums(self, step: int) -> None:
+        """Several processes that read together each verify some of the files; one error ends all of them."""
         folder = self.folder / str(step)
-        found, wanted = _checksums(folder), json.loads((folder / CHECKSUMS).read_text())
-        bad = sorted(name for name in wanted if found.get(name) != wanted[name])
-        if bad:
-            raise ValueError(f"{bad[0]} is " + ("not what was written" if bad[0] in found else "missing"))
+        wanted = json.loads((folder / CHECKSUMS).read_text())
+        share = sorted(wanted) if self._alone else sorted(wanted)[jax.process_index() :: jax.process_count()]
+        for name in share:
+            if not (folder / name).is_file():
+                raise ValueError(f"{name} is missing")
+            if _sha256(folder / name) != wanted[name]:
+                raise ValueError(f"{name} is not what was written")
 
     def _compare(self, step: int, found: Any, wanted: Any) -> None:
         where = f"{self.folder / str(step)} does not fit this model"
@@ -132,9 +145,12 @@ class Checkpoints:
 
     def _write_error(self, error: Exception) -> UserError:
         left = f"step {self.step} is the last one that is whole" if self.step is not None else "there is none before it"
-        full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-        reason = "the disk is full" if full else str(error).split("\n")[0][:200]
-        return UserError(f"cannot write a checkpoint in {self.folder}: {reason}; {left}. Free space and --resume")
+        if "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+            return UserError(
+                f"cannot write a checkpoint in {self.folder}: the disk is full; {left}. Free space and --resume"
+            )
+        reason = str(error).split("\n")[0][:200]
+        return UserError(f"cannot write a checkpoint in {self.folder}: {reason}; {left}. Mend that and --resume")
 
     def close(self) -> None:
         """Wait, as `wait` does, and end the writing threads."""
@@ -142,11 +158,6 @@ class Checkpoints:
             self._manager.close()
         except Exception as error:
             raise self._write_error(error) from error
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.glob("*/**/*") if path.is_file())  # of the items, final by then
-    return {str(path.relative_to(folder)): _sha256(path) for path in files}
 
 
 def _sha256(path: Path) -> str:

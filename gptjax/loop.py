@@ -1,5 +1,6 @@
 """The training loop: a run from its first step, or from where it stopped, to its report."""
 
+import contextlib
 import math
 import os
 import signal
@@ -10,21 +11,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax import flops, report
+from gptjax import distributed, flops, report
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig
 from gptjax.data import batches
 from gptjax.data.prepare import Dataset, load_dataset
+from gptjax.data.token_files import Tokens
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, generate
 from gptjax.metrics import Metrics
 from gptjax.origin import Origin, open_origin, resumed
-from gptjax.run import load_run, require_resumable, write_atomically
-from gptjax.sharding import batch_sharding, make_mesh
-from gptjax.training import Steps, TrainState, compile_steps
+from gptjax.run import flat, load_run, require_resumable, write_atomically
+from gptjax.sharding import AXES, batch_sharding, make_mesh, memory
+from gptjax.training import Steps, TrainState, compile_steps, state_bytes
 
 
 @dataclass
@@ -62,36 +65,43 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
         config = origin.adapt(config)
     elif config.init_from and saved:
         config = resumed(config, saved, run_dir)
-    dataset = load_dataset(config.data)
+    dataset = distributed.after_first("data", lambda: load_dataset(config.data))
     if origin:
         origin.require_fit(dataset, run_dir)
     config = resolve(config, dataset)
-    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate)
+    distributed.require_same("config", {"data": dataset.fingerprint(), "jax": jax.__version__} | flat(config))
+    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate, state_bytes(config))
     config = replace(config, mesh=MeshConfig(**mesh.shape))  # what a resumed run needs to be the same bit for bit
     with ExitStack() as stack:
         if saved:
             require_resumable(saved, config)
         run_dir.mkdir(parents=True, exist_ok=True)
+        distributed.require_shared(run_dir)
         latest, best = [
             stack.enter_context(closing(Checkpoints(run_dir / "checkpoints" / name))) for name in ("latest", "best")
         ]
+        distributed.require_same("checkpoints", {"resume": resume, "latest": latest.step, "best": best.step})
+        if not resume:
+            best.drop_after(-1)  # of a run that was killed before it saved its state
         run = Run(config, run_dir, dataset, mesh, compile_steps(config, mesh), latest, best)
-        stop = stack.enter_context(StopSignal())
+        stop = stack.enter_context(StopSignal(mesh))
         state, progress = _resume(run) if resume else (_start(run, origin), Progress(dataset.fingerprint()))
         origin = None  # or its parameters would stay
         if int(state.step) >= config.train.max_steps:
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
             return 0
-        write_atomically(run_dir / "config.json", config.to_json())
-        write_atomically(run_dir / "tokenizer.json", dataset.tokenizer.to_json())
+        if distributed.is_first():
+            write_atomically(run_dir / "config.json", config.to_json())
+            write_atomically(run_dir / "tokenizer.json", dataset.tokenizer.to_json())
         flops_per_token, peak = _introduce(run, int(state.step))
         metrics = Metrics(run_dir, config, int(state.step), progress.seconds, flops_per_token, peak)
         with metrics:
             step = _loop(run, state, progress, metrics, stop)
-    if stop.signum and step < config.train.max_steps:
+    if stop.agreed and step < config.train.max_steps:
         print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run_dir}")
-        return 128 + stop.signum
-    _report(run, flops_per_token / peak)
+        return 128 + stop.agreed
+    if distributed.is_first():
+        _report(run, flops_per_token / peak)
     return 0
 
 
@@ -102,9 +112,11 @@ def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, sto
     if step == 0:
         _evaluate(run, state, progress, metrics)
     with closing(batches.prefetch(_batch_maker(run), range(step, options.max_steps))) as stream:
-        while not (finished or stop.signum):
-            state, step_metrics = run.steps.train(state, next(stream))
+        while not (finished or stop.agree()):
+            windows = next(stream)
             step += 1
+            distributed.at_step(step)
+            state, step_metrics = run.steps.train(state, windows)
             metrics.add(step, step_metrics)
             finished = step == options.max_steps
             if finished or step % options.eval_interval == 0:
@@ -131,7 +143,8 @@ def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics)
             progress.best_step, progress.best_val_loss = step, val_loss
             run.best.save(step, asdict(progress), params=state.params)
         metrics.print(f"step {step:,}: validation loss {val_loss:.4f}" + (", the best so far" if better else ""))
-        report.plot_losses(run.folder / "metrics.csv", run.folder / "loss.png", title=run.folder.name)
+        if distributed.is_first():
+            report.plot_losses(run.folder / "metrics.csv", run.folder / "loss.png", title=run.folder.name)
     options = run.config.train
     return bool(options.patience) and step - progress.best_step >= options.patience * options.eval_interval
 
@@ -153,8 +166,7 @@ def validation_loss(run: Run, params: Any) -> float:
     starts = np.append(starts, np.full(-len(starts) % rows, len(tokens)))  # windows past the end: nothing counts
 
     def put(i: int) -> jax.Array:
-        windows_BW = batches.windows(tokens, starts[i * rows : (i + 1) * rows], block_size, run.config.model.vocab_size)
-        return jax.device_put(windows_BW[None], batch_sharding(run.mesh))
+        return _put_windows(run, tokens, starts[None, i * rows : (i + 1) * rows])
 
     sums = [run.steps.evaluate(params, windows) for windows in batches.prefetch(put, range(len(starts) // rows))]
     nats, n_targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
@@ -162,22 +174,38 @@ def validation_loss(run: Run, params: Any) -> float:
 
 
 def _batch_maker(run: Run) -> Callable[[int], jax.Array]:
-    options, tokens, model = run.config.train, run.dataset.train, run.config.model
-    shape = (options.accumulate, options.batch_size // options.accumulate, model.block_size + 1)
+    options, tokens = run.config.train, run.dataset.train
 
     def make(step: int) -> jax.Array:
-        starts = batches.starts(
+        starts_B = batches.starts(
             len(tokens),
-            block_size=model.block_size,
+            block_size=run.config.model.block_size,
             batch_size=options.batch_size,
             seed=options.seed,
             step=step,
             order=run.config.data.order,
         )
-        windows = batches.windows(tokens, starts, model.block_size, model.vocab_size)
-        return jax.device_put(windows.reshape(shape), batch_sharding(run.mesh))
+        return _put_windows(run, tokens, starts_B.reshape(options.accumulate, -1))
 
     return make
+
+
+def _put_windows(run: Run, tokens: Tokens, starts_AB: np.ndarray) -> jax.Array:
+    """The windows on the mesh; this process reads those of its own devices alone."""
+    model, split = run.config.model, batch_sharding(run.mesh)
+    shape = (*starts_AB.shape, model.block_size + 1)
+    of_devices = split.addressable_devices_indices_map(shape).values()
+    parts = sorted({index[1].indices(shape[1])[:2] for index in of_devices if index})
+    rows = np.concatenate([np.arange(start, stop) for start, stop in parts])
+    windows = batches.windows(tokens, np.take(starts_AB, rows, axis=1).ravel(), model.block_size, model.vocab_size)
+    windows_ABW = windows.reshape(len(starts_AB), len(rows), -1)
+
+    def part(index: Any) -> np.ndarray:
+        start, stop, _ = index[1].indices(shape[1])
+        place = int(np.searchsorted(rows, start))
+        return windows_ABW[:, place : place + stop - start]
+
+    return jax.make_array_from_callback(shape, split, part)
 
 
 def resolve(config: Config, dataset: Dataset) -> Config:
@@ -226,18 +254,19 @@ def _introduce(run: Run, step: int) -> tuple[float, float]:
     """Print what is about to run; FLOPs per token, and the devices' peak FLOP/s (nan where it is not known)."""
     model, devices, params = run.config.model, run.mesh.devices.flatten().tolist(), run.steps.state.params
     n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    n_matmul = params["head" if "head" in params else "token_embedding"].size + sum(
-        leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"]) if path[-1].key == "kernel"
-    )
     lora = [leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "lora_" in path[-1].key]
     trained = f" ({sum(lora):,} of them trained)" if lora else ""
     flops_per_token = flops.train_flops_per_token(
-        n_matmul_params=n_matmul, n_layer=model.n_layer, n_embd=model.n_embd, block_size=model.block_size
+        n_matmul_params=flops.matmul_params(params),
+        n_layer=model.n_layer,
+        n_embd=model.n_embd,
+        block_size=model.block_size,
     )
     known = flops.device_peak(devices[0].device_kind)
     peak = known.flops * len(devices) if known else math.nan
     if devices[0].platform == "cpu":
-        peak = flops.measured_matmul_peak(devices, model.dtype)
+        local = [device for device in devices if device.process_index == distributed.index()]
+        peak = flops.measured_matmul_peak(local, model.dtype) * len(devices) / len(local)
     per_step = flops_per_token * run.config.train.batch_size * model.block_size
     print(f"run:     {run.folder}" + (f", resumed at step {step:,}" if step else ""))
     print(
@@ -249,16 +278,14 @@ def _introduce(run: Run, step: int) -> tuple[float, float]:
     )
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1) or "one device"
     peak_text = "" if math.isnan(peak) else f", peak {peak / 1e12:.3g} TFLOP/s"
-    print(f"devices: {len(devices)} x {devices[0].device_kind} ({mesh}){peak_text}", flush=True)
+    hosts = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
+    print(f"devices: {len(devices)} x {devices[0].device_kind}{hosts} ({mesh}){peak_text}", flush=True)
     return float(flops_per_token), peak
 
 
 def _report(run: Run, mfu_per_token_rate: float) -> None:
     """Print report.md and write it: figures, and a sample of the best parameters' text."""
-    config, params, tokenizer = load_run(run.folder, "best")
-    chunks = generate(config.model, params, [tokenizer.prompt()], 400, Sampling(temperature=0.8), seeds=[0])
-    tokens = np.hstack([chunk.tokens_BC for chunk in chunks])[0]
-    some = run.dataset.val.window(0, 100_000)
+    some, tokenizer = run.dataset.val.window(0, 100_000), run.dataset.tokenizer
     metrics = report.read_metrics(run.folder / "metrics.csv")
     mfu = float(np.nanmedian(metrics["tokens_per_second"])) * mfu_per_token_rate
     text = report.run_report(
@@ -267,26 +294,60 @@ def _report(run: Run, mfu_per_token_rate: float) -> None:
         units_per_token=len(tokenizer.decode(some)) / len(some),
         unit="character",
         mfu=None if math.isnan(mfu) else mfu,
-        peak_memory=report.peak_memory_bytes(run.mesh.devices.flatten().tolist()),
-        sample=tokenizer.decode(tokens).strip("\n"),
+        peak_memory=report.peak_memory_bytes(run.mesh.local_devices),
+        sample=_sample(run),
     )
     write_atomically(run.folder / "report.md", text)
     print(f"\n{text}\ncurves: {run.folder / 'loss.png'}\nsample: python sample.py --run {run.folder}")
 
 
-class StopSignal:
-    """While it is entered, the first SIGINT or SIGTERM only sets `signum`; the second one does what it always does."""
+def _sample(run: Run) -> str | None:
+    """Text by the best parameters; None where one device would not hold them with room to spare."""
+    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.steps.state.params))
+    if n_bytes > memory(run.mesh.local_devices[0]) / 2:
+        return None
+    config, params, tokenizer = load_run(run.folder, "best")
+    chunks = generate(config.model, params, [tokenizer.prompt()], 400, Sampling(temperature=0.8), seeds=[0])
+    return tokenizer.decode(np.hstack([chunk.tokens_BC for chunk in chunks])[0]).strip("\n")
 
-    signum = 0
+
+class StopSignal:
+    """While it is entered, the first SIGINT or SIGTERM only asks to stop; the second one does what it always does.
+
+    Of several processes all stop after the same step, whichever was asked.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.agreed, self._asked = 0, 0
+        everywhere, self._split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXES))
+        self._largest = jax.jit(jnp.max, out_shardings=everywhere)
+        self._pending: jax.Array | None = None
+
+    def agree(self) -> int:
+        """The number of the signal that the run was asked to stop by, 0 while it was not.
+
+        Several processes learn it one step late, so that no device waits for the host.
+        """
+        if distributed.count() == 1:
+            self.agreed = self._asked
+            return self.agreed
+        asked = np.full(1, self._asked, np.int32)
+        before, shape = self._pending, (math.prod(self._split.mesh.shape.values()),)
+        self._pending = self._largest(jax.make_array_from_callback(shape, self._split, lambda _: asked))
+        self.agreed = 0 if before is None else int(before)
+        return self.agreed
 
     def __enter__(self) -> "StopSignal":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, signum: int, frame: Any) -> None:
-        self.signum = signum
-        os.write(1, b"\nsaving and stopping after this step; once more to stop at once and lose what is not saved\n")
+        self._asked = signum
         self._restore()
+        with contextlib.suppress(OSError):  # whatever reads the output may be gone, by the same Ctrl-C
+            os.write(
+                1, b"\nsaving and stopping after this step; once more to stop at once and lose what is not saved\n"
+            )
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

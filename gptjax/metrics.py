@@ -3,6 +3,8 @@
 import contextlib
 import csv
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -15,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
+from gptjax import distributed
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.run import write_atomically
@@ -40,8 +43,12 @@ class Metrics:
         self._last: dict[str, float] = {}
         self._began, self._row_began = time.perf_counter() - seconds, time.perf_counter()
         self._row_step, self._paused = start, 0.0
-        self._csv = _CsvFile(run_dir / "metrics.csv", start)
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._csv = _CsvFile(run_dir / "metrics.csv", start) if distributed.is_first() else None
+        self._tensorboard = SummaryWriter(
+            str(run_dir / "tensorboard"),
+            purge_step=start + 1 if start else None,
+            write_to_disk=distributed.is_first(),
+        )
         self._display = _Display(config.train.max_steps, start)
 
     @property
@@ -68,10 +75,11 @@ class Metrics:
         self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
         loss, norm, train = self._last["train_loss"], self._last["grad_norm"], self.config.train
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            names = ["learning_rate", *["muon_learning_rate"] * (self.config.optimizer.matrix_optimizer == "muon")]
+            rates = " or ".join(f"optimizer.{name}={getattr(self.config.optimizer, name)}" for name in names)
             raise UserError(
-                f"train_loss={loss} and grad_norm={norm} at step {self.step}: the run diverged; lower "
-                f"optimizer.learning_rate={self.config.optimizer.learning_rate}, warm up for longer or clip harder; "
-                "checkpoints are kept"
+                f"train_loss={loss} and grad_norm={norm} at step {self.step}: the run diverged; lower {rates}, "
+                "warm up for longer or clip harder; checkpoints are kept"
             )
         self._losses.append(loss)
         evaluated = self.step % train.eval_interval == 0 or self.step == train.max_steps  # and so gets its row
@@ -92,7 +100,8 @@ class Metrics:
             "grad_norm": self._last.get("grad_norm"),
             "tokens_per_second": rate and round(rate, 1),
         }
-        self._csv.writerow(values)
+        if self._csv:
+            self._csv.writerow(values)
         for name in COLUMNS[3:]:
             if values[name] is not None:
                 self._tensorboard.add_scalar(name, values[name], self.step)
@@ -117,7 +126,8 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._display.close()
-        self._csv.close()
+        if self._csv:
+            self._csv.close()
         self._tensorboard.close()
 
 
@@ -176,10 +186,13 @@ class _Display:
 
     def print(self, text: str) -> None:
         self._printed = time.perf_counter()
-        if self._bar:
-            self._console.print(text, highlight=False, markup=False)
-        else:
-            print(text, flush=True)
+        try:
+            if self._bar:
+                self._console.print(text, highlight=False, markup=False)
+            else:
+                print(text, flush=True)
+        except BrokenPipeError:  # a lost terminal, or `| tee` stopped by the same Ctrl-C: no reason to lose the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
         if self._bar:

@@ -60,6 +60,12 @@ def holds_run(path: Path) -> bool:
     return (path / "config.json").exists() and any(step.name.isdecimal() for step in (path / "checkpoints").glob("*/*"))
 
 
+def can_resume(path: Path) -> bool:
+    """Whether there is a run in `path` that can go on; one that was killed before its first save cannot."""
+    latest = path / "checkpoints" / "latest"
+    return (path / "config.json").exists() and any(step.name.isdecimal() for step in latest.glob("*"))
+
+
 def newest_run(name: str | None = None) -> Path:
     """The run in out/ whose checkpoints changed last; with a name, of out/NAME, out/NAME-2, out/NAME-3, ...
 
@@ -94,7 +100,7 @@ def trained_tokens(path: Path, which: Literal["best", "latest"]) -> int:
 
 def require_resumable(saved: Config, config: Config) -> None:
     """Raise `UserError`, naming the field, where `config` would not continue exactly what `saved` began."""
-    old, new = _flat(saved), _flat(config)
+    old, new = flat(saved), flat(config)
     for name in old:
         if name not in FREE_ON_RESUME and old[name] != new[name]:
             raise UserError(
@@ -123,7 +129,8 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def flat(config: Config) -> dict[str, Any]:
+    """Each field's value by the name that the command line gives it."""
     flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
         flat |= {f"{name}.{field}": v for field, v in value.items()} if isinstance(value, dict) else {name: value}

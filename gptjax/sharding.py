@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.errors import UserError
+from gptjax.flops import device_peak
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -29,13 +32,22 @@ TABLE = {
 }
 
 
-def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
+def make_mesh(
+    config: MeshConfig, batch_size: int, state_bytes: int = 0, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh with axes (data, fsdp, tensor) that splits `batch_size` windows evenly, of all devices if one axis is -1.
 
+    With mesh.fsdp=0, a state of more bytes than half of a device's memory is split over all that mesh.data=-1 leaves.
+
     Raises:
-        UserError: the axes do not multiply to the number of devices, or the batch does not split.
+        UserError: the axes do not multiply to the number of devices, the batch does not split, or a process is left
+            without a device.
     """
-    n_devices, sizes = jax.device_count(), {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    devices = jax.devices() if devices is None else devices
+    n_devices, sizes = len(devices), {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    if config.fsdp == 0:
+        full = state_bytes / max(1, config.tensor) > memory(devices[0]) / 2
+        sizes |= {"data": 1, "fsdp": -1} if full and config.data == -1 else {"fsdp": 1}
     asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if fixed > n_devices or (-1 in sizes.values() and n_devices % fixed):
@@ -50,12 +62,22 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
             f"train.batch_size / train.accumulate = {batch_size} windows do not split over {asked}; "
             f"choose a multiple of {sizes['data'] * sizes['fsdp']}, or fewer devices with --mesh.data"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        (jax.sharding.AxisType.Auto,) * 3,
-        devices=jax.devices()[: math.prod(sizes.values())],
-    )
+    used = devices[: math.prod(sizes.values())]
+    if len({device.process_index for device in used}) < len({device.process_index for device in devices}):
+        raise UserError(f"{asked} leaves whole processes without a device: all {n_devices} devices must be on the mesh")
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types, devices=used)
+    except NotImplementedError as error:  # axes of a TPU's mesh are made of whole sides of its slice
+        raise UserError(
+            f"{asked} cannot be laid on this slice: an axis has to be the product of some of its sides"
+        ) from error
+
+
+def memory(device: jax.Device) -> float:
+    """Bytes of a device's own memory; no limit where it is not known, as on CPUs, whose devices share the host's."""
+    peak = device_peak(device.device_kind)
+    return peak.memory if peak else math.inf
 
 
 def require_divisible(model: ModelConfig, mesh: Mesh) -> None:
@@ -113,10 +135,40 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return _constrain(x, (BATCH_AXES, *axes, *[None] * (x.ndim - 1 - len(axes))))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(weight: jax.Array, name: str) -> jax.Array:
-    """A parameter as its product wants it: whole over fsdp, split over tensor as the table says."""
-    spec = next(spec for end, spec in TABLE.items() if re.search(end, name))
-    return _constrain(weight, tuple(None if axis == "fsdp" else axis for axis in spec)[-weight.ndim :])
+    """A parameter as its product wants it: whole over fsdp, split over tensor as the table says.
+
+    Its gradient goes back split as the parameter is: a sum over devices of which each wants only its part, half of
+    what it takes to give each of them all of it.
+    """
+    spec = _spec(weight, name)
+    return _constrain(weight, tuple(None if axis == "fsdp" else axis for axis in spec))
+
+
+def _gathered_forward(weight: jax.Array, name: str) -> tuple[jax.Array, None]:
+    return gathered(weight, name), None
+
+
+def _gathered_backward(name: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (_constrain(gradient, _spec(gradient, name)),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def _spec(weight: jax.Array, name: str) -> tuple[Any, ...]:
+    """How the table splits the axes that a parameter has here, which may be those of one layer."""
+    return tuple(next(spec for end, spec in TABLE.items() if re.search(end, name)))[-weight.ndim :]
+
+
+def by_layer(stacked: jax.Array) -> jax.Array:
+    """The layers of a stack split over as many axes of the mesh as divide their number, each layer's array whole."""
+    mesh, axes, n_parts = jax.sharding.get_abstract_mesh(), list[str](), 1
+    for axis in AXES if not mesh.empty else ():
+        if len(stacked) % (n_parts * mesh.shape[axis]) == 0:
+            axes, n_parts = [*axes, axis], n_parts * mesh.shape[axis]
+    return _constrain(stacked, (tuple(axes), *[None] * (stacked.ndim - 1)))
 
 
 def _constrain(x: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
@@ -125,7 +177,7 @@ def _constrain(x: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
     if mesh.empty:
         return x
     split = [
-        axis if axis != "tensor" or n % mesh.shape["tensor"] == 0 else None
+        axis if axis not in ("fsdp", "tensor") or n % mesh.shape[axis] == 0 else None
         for n, axis in zip(x.shape, axes, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, P(*split))

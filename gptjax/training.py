@@ -39,19 +39,26 @@ def loss_sum(
     inputs_BT, targets_BT = jnp.maximum(windows_BW[:, :-1], 0), windows_BW[:, 1:]
     x_BTD, _ = model.apply({"params": params}, inputs_BT, method="hidden", rngs=rngs)
     pieces = pieces_of(len(inputs_BT), inputs_BT.shape[1], model.config.padded_vocab_size)
-    nats = cross_entropy_sum(x_BTD, model.head_of(params), targets_BT, model.config.vocab_size, pieces)
+    head_VD, config = model.head_of(params), model.config
+    nats = cross_entropy_sum(x_BTD, head_VD, targets_BT, config.vocab_size, pieces, config.logit_cap)
     return nats, jnp.sum(targets_BT >= 0).astype(jnp.float32)
 
 
 def init_state(config: Config) -> TrainState:
     """Step 0, from train.seed alone; compile it with `out_shardings` and no device ever holds it whole."""
-    tokens_BT = jnp.zeros((1, config.model.block_size), jnp.int32)
-    return start_state(config, GPT(config.model).init(jax.random.key(config.train.seed), tokens_BT)["params"])
+    model = GPT(replace(config.model, attention="plain"))  # the others want a row for each device
+    return start_state(config, model.init(jax.random.key(config.train.seed), jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 def start_state(config: Config, params: Any) -> TrainState:
     """Step 0 of a run that begins with these parameters."""
     return TrainState(jnp.zeros((), jnp.int32), params, _optimizer(config).init(params))
+
+
+def state_bytes(config: Config) -> int:
+    """Bytes of the whole train state, and of the gradients beside it."""
+    state = jax.eval_shape(lambda: init_state(config))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, state.params)))
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
@@ -105,6 +112,27 @@ class Steps(NamedTuple):
     state: TrainState  # shapes, dtypes and shardings
 
 
+def trace_train_step(config: Config, mesh: Mesh) -> tuple[TrainState, jax.stages.Traced]:
+    """The very step of `compile_steps`, to look at or to compile for devices that need not be here, and its state."""
+    require_divisible(config.model, mesh)
+    config = replace(config, model=config.model.on(mesh.devices.flat[0].platform))
+    abstract = jax.eval_shape(lambda: init_state(config))
+    state, options = with_shardings(mesh, abstract), config.train
+    shape = (options.accumulate, options.batch_size // options.accumulate, config.model.block_size + 1)
+    windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        return state, _jit_train_step(config, mesh, shardings(mesh, abstract)).trace(state, windows)
+
+
+def _jit_train_step(config: Config, mesh: Mesh, split: Any) -> Any:
+    return jax.jit(
+        partial(train_step, config),
+        in_shardings=(split, batch_sharding(mesh)),
+        out_shardings=(split, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+
+
 def compile_steps(config: Config, mesh: Mesh) -> Steps:
     """jit with shardings: the state is born sharded by the table, donated from step to step."""
     require_divisible(config.model, mesh)
@@ -128,14 +156,7 @@ def compile_steps(config: Config, mesh: Mesh) -> Steps:
     return Steps(
         init=on_mesh(jax.jit(partial(init_state, config), out_shardings=split)),
         start=on_mesh(jax.jit(partial(start_state, config), out_shardings=split, donate_argnums=0)),
-        train=on_mesh(
-            jax.jit(
-                partial(train_step, config),
-                in_shardings=(split, batch),
-                out_shardings=(split, replicated),
-                donate_argnums=0,
-            )
-        ),
+        train=on_mesh(_jit_train_step(config, mesh, split)),
         evaluate=on_mesh(
             jax.jit(partial(eval_step, config), in_shardings=(split.params, batch), out_shardings=replicated)
         ),

@@ -5,6 +5,7 @@ Warnings are errors too (pyproject.toml). On CPU never have two multi-device pro
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,13 +14,19 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from gptjax.config import ModelConfig  # above the hook: config.py checks its fields itself, and with better words
+from gptjax.config import (  # above the hook: config.py checks its fields itself, and with better words
+    Config,
+    ModelConfig,
+)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("gptjax", "beartype.beartype")
 
+from gptjax.checkpoint import Checkpoints  # noqa: E402
 from gptjax.model import GPT  # noqa: E402
+from gptjax.sharding import one_device, with_shardings  # noqa: E402
+from gptjax.training import init_state  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -86,3 +93,16 @@ def assert_trees_close() -> Callable[..., None]:
             np.testing.assert_allclose(np.asarray(leaf), other, rtol=rtol, atol=atol, err_msg=name)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def state_of() -> Callable[..., Any]:
+    """Every array of a run's latest checkpoint, on one device, and its step."""
+
+    def read(run_dir: Path) -> tuple[int | None, Any]:
+        abstract = jax.eval_shape(lambda: init_state(Config.from_json(run_dir / "config.json")))
+        abstract = with_shardings(one_device(), abstract)
+        checkpoints = Checkpoints(run_dir / "checkpoints" / "latest", read_only=True)
+        return checkpoints.step, checkpoints.restore(params=abstract.params, opt_state=abstract.opt_state)[0]
+
+    return read

@@ -86,6 +86,11 @@ def test_another_model_is_refused_by_the_parameters_name_and_shapes(saved, model
     assert words in str(error.value)
 
 
+def test_a_folder_that_is_a_pattern_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a\[1\] has '\[' in its name"):
+        Checkpoints(tmp_path / "a[1]")
+
+
 def test_no_checkpoint_is_said_to_be_none(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         Checkpoints(tmp_path / "none").restore(params=abstract(PARAMS))

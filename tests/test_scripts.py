@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config
-from gptjax.training import init_state
 
 ROOT = Path(__file__).parent.parent
 TINY = """--model.n_layer 2 --model.n_head 2 --model.n_embd 16 --model.block_size 16 --train.batch_size 4
@@ -45,19 +43,6 @@ def run(script, *arguments, cwd, stdin=None, **options):
     process = start(script, *arguments, cwd=cwd, stdin=subprocess.PIPE, **options)
     out, err = process.communicate(stdin, timeout=120)
     return process.returncode, out, err
-
-
-def state_of(run_dir):
-    """Every array of a run's latest checkpoint, and its step."""
-    config = Config.from_json(run_dir / "config.json")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        jax.eval_shape(lambda: init_state(config)),
-    )
-    checkpoints = Checkpoints(run_dir / "checkpoints" / "latest", read_only=True)
-    trees, _ = checkpoints.restore(params=abstract.params, opt_state=abstract.opt_state)
-    return checkpoints.step, trees
 
 
 def assert_bit_equal(one, other):
@@ -103,15 +88,26 @@ def test_sampling_several_from_standard_input(trained, folder):
     assert all(text.startswith("light ") for text in out.split("\n---------------\n"))
 
 
+SPEEDRUN = """--model.activation relu2 --model.norm nonparametric_rmsnorm --model.position rope --model.qk_norm
+--model.embedding_norm --model.logit_cap 15 --model.zero_init --model.tied_head false --optimizer.matrix_optimizer muon
+--optimizer.schedule linear --optimizer.muon_weight_decay 0.1""".split()
+
+
 @pytest.mark.parametrize(
-    ("devices", "number"), [(2, signal.SIGTERM), pytest.param(1, signal.SIGINT, marks=pytest.mark.slow)]
+    ("devices", "number", "fields"),
+    [
+        (2, signal.SIGTERM, []),
+        pytest.param(1, signal.SIGINT, [], marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, SPEEDRUN, marks=pytest.mark.slow),
+    ],
+    ids=["two", "one", "speedrun"],
 )
-def test_a_stopped_run_resumes_bit_for_bit(folder, devices, number):
+def test_a_stopped_run_resumes_bit_for_bit(folder, devices, number, fields, state_of):
     """With dropout, accumulation and evaluations at other steps than checkpoints."""
-    options = [*TINY, "--model.dropout", "0.1", "--train.accumulate", "2", "--train.max_steps", "200"]
+    options = [*TINY, *fields, "--model.dropout", "0.1", "--train.accumulate", "2", "--train.max_steps", "200"]
     options += ["--train.log_interval", "1", "--train.eval_interval", "60", "--train.save_interval", "50"]
     options += ["--cpu_devices", devices]
-    whole, parts = folder / f"whole{devices}", folder / f"parts{devices}{number}"
+    whole, parts = folder / f"whole{devices}{bool(fields)}", folder / f"parts{devices}{bool(fields)}"
     assert run("train.py", *options, "--out_dir", whole, cwd=folder)[0] == 0
     process = start("train.py", *options, "--out_dir", parts, cwd=folder)
     metrics = parts / "metrics.csv"
@@ -133,7 +129,7 @@ def test_a_stopped_run_resumes_bit_for_bit(folder, devices, number):
         assert columns[0] == columns[1]
 
 
-def test_resuming_a_finished_run_changes_nothing(trained, folder):
+def test_resuming_a_finished_run_changes_nothing(trained, folder, state_of):
     before = state_of(folder / "out" / "default")
     code, _, err = run("train.py", "--resume", cwd=folder)
     assert (code, err) == (0, "")
