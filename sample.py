@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gptjax import host
 from gptjax.config import Parser, Section, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.generate import Memory, Sampling
-from gptjax.host import keep_freed_memory
 from gptjax.language_model import Answer, LanguageModel
 from gptjax.run import newest_run
 
@@ -86,7 +86,7 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
-    keep_freed_memory()
+    host.prepare()
     parser = Parser("sample.py", __doc__)
     parser.add_fields(Arguments())
     [arguments] = parser.parse(argv, Arguments())

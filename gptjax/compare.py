@@ -16,11 +16,11 @@ from typing import Literal
 
 import numpy as np
 
+from gptjax import host
 from gptjax.config import Parser, Section, argument, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.evaluate import text_loss
 from gptjax.generate import Sampling
-from gptjax.host import keep_freed_memory
 from gptjax.language_model import Answer, LanguageModel
 from gptjax.pretrained import locate, open_weights
 from gptjax.run import holds_run, write_atomically
@@ -79,7 +79,7 @@ class Column:
 
 
 def main(argv: Sequence[str]) -> None:
-    keep_freed_memory()
+    host.prepare()
     parser = Parser("python -m gptjax.compare", __doc__)
     parser.add_fields(Arguments())
     [arguments] = parser.parse(argv, Arguments())

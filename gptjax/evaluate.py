@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from rich.progress import Progress
 
+from gptjax import host
 from gptjax.config import Parser, Section, argument, option
 from gptjax.data.corpora import read_text
 from gptjax.data.token_files import Tokens, dtype_for
 from gptjax.errors import UserError, one_line_errors
 from gptjax.generate import Ids
-from gptjax.host import keep_freed_memory
 from gptjax.language_model import LanguageModel
 
 _AT_ONCE = 64  # windows or questions scored between two steps of the progress bar
@@ -50,7 +50,7 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
-    keep_freed_memory()
+    host.prepare()
     parser = Parser("python -m gptjax.evaluate", __doc__)
     parser.add_fields(Arguments())
     [arguments] = parser.parse(argv, Arguments())

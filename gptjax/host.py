@@ -1,9 +1,10 @@
-"""The CPU that a process runs on: how many devices its cores are, and how their memory is handed out."""
+"""The machine that a process runs on: how many devices its cores are, its memory, and programs compiled before."""
 
 import contextlib
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import jax
 
@@ -11,13 +12,36 @@ M_TOP_PAD, M_MMAP_THRESHOLD = -2, -3  # of glibc's malloc.h
 
 
 def use_cores(rows: int, n_devices: int) -> None:
-    """Make `n_devices` CPU devices, 0: as many as there are cores and as divide `rows`; before anything uses jax.
+    """Prepare, and make `n_devices` CPU devices, 0: as many as there are cores and as divide `rows`; before jax runs.
 
     Changes nothing on a machine whose devices are GPUs or TPUs.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", n_devices or max(n for n in range(1, cores + 1) if rows % n == 0))
+    prepare()
+
+
+def prepare() -> None:
+    """Have this process use again the memory that it frees and the programs that were compiled before."""
     keep_freed_memory()
+    keep_compiled_programs()
+
+
+def keep_compiled_programs() -> None:
+    """Have XLA keep the programs that took it longer than a fifth of a second, and read them when they come again.
+
+    They lie in JAX_COMPILATION_CACHE_DIR or in ~/.cache/gptjax/xla (XDG_CACHE_HOME in place of ~/.cache), 2 GiB of them
+    at most; with JAX_ENABLE_COMPILATION_CACHE=false, or where that folder cannot be written, none.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "xla"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", 2 << 30)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def keep_freed_memory() -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from tensorboardX import SummaryWriter
 
 from gptjax import distributed
 from gptjax.config import Config
@@ -43,6 +42,8 @@ class Metrics:
         self._last: dict[str, float] = {}
         self._began, self._row_began = time.perf_counter() - seconds, time.perf_counter()
         self._row_step, self._paused = start, 0.0
+        from tensorboardX import SummaryWriter  # here, as it imports torch where there is one: a second or two
+
         self._csv = _CsvFile(run_dir / "metrics.csv", start) if distributed.is_first() else None
         self._tensorboard = SummaryWriter(
             str(run_dir / "tensorboard"),

@@ -3,10 +3,20 @@
 Warnings are errors too (pyproject.toml). On CPU never have two multi-device programs in flight: block on each result.
 """
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+# Before jax reads them. Tests mostly compile, so they make do with slower programs. Processes that they start
+# compile as a user's do, and read what another one compiled, but not from the user's cache.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first of pytest's processes; the others have it from that one
+    CACHE = tempfile.TemporaryDirectory(prefix="gptjax-xla-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +33,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("gptjax", "beartype.beartype")
 
-from gptjax.checkpoint import Checkpoints  # noqa: E402
-from gptjax.model import GPT  # noqa: E402
-from gptjax.sharding import one_device, with_shardings  # noqa: E402
-from gptjax.training import init_state  # noqa: E402
+from gptjax.checkpoint import Checkpoints
+from gptjax.model import GPT
+from gptjax.sharding import one_device, with_shardings
+from gptjax.training import init_state
 
 
 def pytest_configure(config: pytest.Config) -> None:

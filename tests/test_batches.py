@@ -109,19 +109,6 @@ def test_ids_of_another_tokenizer_are_refused(tokens):
         windows(tokens, np.array([0, 989]), 10, vocab_size=999)
 
 
-def test_a_batch_takes_under_a_millisecond(tmp_path):
-    write_split(tmp_path, "train", [np.arange(2_000_000) % 50_257], UINT16)
-    tokens = Tokens([tmp_path / "train.bin"])
-
-    def seconds(step):
-        begin = time.perf_counter()
-        at = starts(len(tokens), block_size=256, batch_size=64, seed=0, step=step, order="random")
-        windows(tokens, at, 256, vocab_size=50_257)
-        return time.perf_counter() - begin
-
-    assert min(map(seconds, range(50))) < 1e-3
-
-
 @given(steps=st.lists(st.integers()), depth=st.integers(0, 4))
 @settings(deadline=None)
 def test_prefetch_is_map(steps, depth):

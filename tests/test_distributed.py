@@ -298,7 +298,7 @@ def test_all_processes_stop_after_the_same_step_and_resume_bit_for_bit(folder, a
 def test_a_process_that_dies_or_stops_is_named(folder, victim, blow, words, state_of):
     name = f"blow{victim}{blow}"
     with Group(folder, 2, "--out_dir", name, *FOREVER) as group:
-        group.wait_for_step(folder / name, 60)
+        group.wait_for_step(folder / name, 110)  # before the save at 100 begins, that at 50 is whole
         group.processes[victim].send_signal(blow)
         [(code, error)] = group.end([1 - victim], 60)
     assert code == 1 and re.search(words, error), error

@@ -314,6 +314,8 @@ def _work(connection: Connection, folder: Path, config: TokenizeConfig) -> None:
         connection.send(UserError(str(error)))
     except OSError as error:
         connection.send(UserError(f"cannot write in {folder}: {error.strerror or error}; repeat the command to go on"))
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself, and at exit Python would show a SystemExit
 
 
 def _until_read(folder: Path, number: int, part: Part, tokenizer: Tokenizer, config: TokenizeConfig) -> Iterator[Count]:
