@@ -4,6 +4,7 @@ Warnings are errors too (pyproject.toml). On CPU never have two multi-device pro
 """
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ from gptjax.training import init_state
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Where pytest runs in the background Ctrl-C is ignored, and so it would be in what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # tensorboardX imports torch where there is one, and then whoever looks at all objects (test_report.py, through gc)
     # meets an object of torch's that complains about being looked at.
     config.addinivalue_line("filterwarnings", "ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning")

@@ -128,6 +128,7 @@ def alone(folder):
     return train(folder, 1, "alone")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(folder, alone):
     found = train(folder, 2, "two")
     assert len(found) == 22 and found[0] - found[19] > 0.5

@@ -260,7 +260,14 @@ def test_layer_norms_have_gpt2s_epsilon(scramble):
 
 
 @pytest.mark.parametrize(
-    "variant", [{}, {"norm": "rmsnorm", "position": "rope", "activation": "swiglu", "n_kv_head": 1}, SPEEDRUN]
+    "variant",
+    [
+        {},
+        pytest.param(
+            {"norm": "rmsnorm", "position": "rope", "activation": "swiglu", "n_kv_head": 1}, marks=pytest.mark.slow
+        ),
+        pytest.param(SPEEDRUN, marks=pytest.mark.slow),
+    ],
 )
 def test_layers_in_a_loop_are_the_layers_unrolled(scramble, variant):
     config = replace(TINY, n_layer=3, **variant)

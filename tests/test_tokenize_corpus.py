@@ -370,7 +370,9 @@ def test_a_killed_worker_is_reported_with_its_file(spec, tmp_path):
     assert shards(out) == {} and not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("whom", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
+@pytest.mark.parametrize(
+    "whom", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=["Ctrl-C", "killed"]
+)
 def test_a_stop_leaves_whole_shards_only_and_no_process(spec, tmp_path, whom):
     source, out = large(tmp_path), tmp_path / "out"
     command = [sys.executable, "-m", "gptjax.data", "tokenize", source, "--out", out, "--tokenizer", spec]
