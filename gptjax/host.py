@@ -16,9 +16,14 @@ def use_cores(rows: int, n_devices: int) -> None:
 
     Changes nothing on a machine whose devices are GPUs or TPUs.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", n_devices or max(n for n in range(1, cores + 1) if rows % n == 0))
+    n_even = max(n for n in range(1, n_cores() + 1) if rows % n == 0)
+    jax.config.update("jax_num_cpu_devices", n_devices or n_even)
     prepare()
+
+
+def n_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare() -> None:
@@ -33,7 +38,7 @@ def keep_compiled_programs() -> None:
     They lie in JAX_COMPILATION_CACHE_DIR or in ~/.cache/gptjax/xla (XDG_CACHE_HOME in place of ~/.cache), 2 GiB of them
     at most; with JAX_ENABLE_COMPILATION_CACHE=false, or where that folder cannot be written, none.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "xla"
         try:
             folder.mkdir(parents=True, exist_ok=True)
