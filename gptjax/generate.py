@@ -64,12 +64,9 @@ def apply_rules(
         logits_BV = jnp.where(seen_BV, punished_BV, logits_BV)
     logits_BV = logits_BV / jnp.maximum(temperature, 1e-6)
     if 0 < rules.top_k < logits_BV.shape[-1]:
-        logits_BV = _keep(logits_BV, jax.lax.top_k(logits_BV, rules.top_k)[0][:, -1:])
+        logits_BV = _keep_largest(logits_BV, jnp.ones_like(logits_BV), float(rules.top_k))
     if rules.top_p < 1:
-        sorted_BV = -jnp.sort(-logits_BV)
-        before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
-        needed_BV = (before_BV < rules.top_p).at[:, 0].set(True)
-        logits_BV = _keep(logits_BV, jnp.min(sorted_BV, axis=-1, keepdims=True, where=needed_BV, initial=jnp.inf))
+        logits_BV = _keep_largest(logits_BV, jax.nn.softmax(logits_BV), max(rules.top_p, 1e-30))
     if rules.min_p > 0:
         logits_BV = _keep(logits_BV, jnp.max(logits_BV, axis=-1, keepdims=True) + np.log(rules.min_p))
     return logits_BV
@@ -274,6 +271,25 @@ def _parts(config: ModelConfig, params: Any) -> tuple[Any, Any]:
 def _bucket(length: int, most: int) -> int:
     """The next power of two, at least 32 and at most `most`, so that few shapes are compiled."""
     return min(max(32, 1 << (length - 1).bit_length()), most)
+
+
+def _keep_largest(logits_BV: jax.Array, weights_BV: jax.Array, needed: float) -> jax.Array:
+    """The fewest of a row's largest logits that weigh `needed` together, the others -inf.
+
+    The limit is found bit by bit, from the highest, among the integers that float32 numbers are in the same order: 32
+    passes over the row, where a sort of 50,304 logits takes twenty times as long.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
+    sign = np.uint32(1 << 31)
+    ordered_BV = jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
+
+    def narrow(i: jax.Array, limit_B1: jax.Array) -> jax.Array:
+        higher_B1 = limit_B1 | (sign >> i.astype(jnp.uint32))
+        weight_B1 = jnp.sum(jnp.where(ordered_BV >= higher_B1, weights_BV, 0.0), axis=-1, keepdims=True)
+        return jnp.where(weight_B1 >= needed, higher_B1, limit_B1)
+
+    limit_B1 = jax.lax.fori_loop(0, 32, narrow, jnp.zeros((len(logits_BV), 1), jnp.uint32))
+    return jnp.where(ordered_BV >= limit_B1, logits_BV, -jnp.inf)
 
 
 def _keep(logits_BV: jax.Array, least_B1: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """GPT-2 and its training step in PyTorch, in nanoGPT's manner: what gptjax is compared with.
 
 Written from the papers and from nanoGPT's behaviour, and kept apart from gptjax on purpose: fused query-key-value
-projection, explicit mask, no padded vocabulary, torch.optim.AdamW.
+projection, PyTorch's own attention, no padded vocabulary, torch.optim.AdamW.
 """
 
 import math
@@ -27,10 +27,10 @@ class LayerNorm(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, dropout: float):
         super().__init__()
         width, bias = config.n_embd, config.bias
-        self.n_head = config.n_head
+        self.n_head, self.dropout = config.n_head, dropout
         self.ln_1, self.ln_2 = LayerNorm(width, bias), LayerNorm(width, bias)
         self.c_attn = nn.Linear(width, 3 * width, bias=bias)
         self.attn_proj = nn.Linear(width, width, bias=bias)
@@ -43,29 +43,42 @@ class Block(nn.Module):
             part.view(batch, length, self.n_head, width // self.n_head).transpose(1, 2)
             for part in self.c_attn(x).split(width, dim=2)
         )
-        scores = q @ k.transpose(-2, -1) / math.sqrt(width // self.n_head)
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        y = scores.masked_fill(future, -math.inf).softmax(-1) @ v
-        return self.attn_proj(y.transpose(1, 2).reshape(batch, length, width))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.drop(self.attn_proj(y.transpose(1, 2).reshape(batch, length, width)))
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout, self.training)
 
     def forward(self, x):
         x = x + self.attend(self.ln_1(x))
-        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+        return x + self.drop(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")))
 
 
 class Reference(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """The model, without dropout unless it is asked for."""
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0):
         super().__init__()
+        self.dropout = dropout
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
 
     def forward(self, tokens):
+        return self.hidden(tokens) @ self.wte.weight.T
+
+    def last_logits(self, tokens):
+        """Of the token that follows the last one alone."""
+        return self.hidden(tokens)[:, -1] @ self.wte.weight.T
+
+    def hidden(self, tokens):
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+        x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x)
-        return self.ln_f(x) @ self.wte.weight.T
+        return self.ln_f(x)
 
     def loss(self, windows):
         """Mean cross-entropy in nats of each window's tokens after its first."""

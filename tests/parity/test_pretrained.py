@@ -474,7 +474,7 @@ def test_nanogpts_checkpoint(bias, compiled, scramble, tmp_path):
     tokenizer = Tokenizer.characters("\n abcdefghijklmnopqrstuvwxyz.,;:!?")
     config = ModelConfig(vocab_size=tokenizer.vocab_size, bias=bias, **OWN_SHAPE)
     reference = Reference(config)
-    reference.blocks = torch.nn.ModuleList(_ErfBlock(config) for _ in range(config.n_layer))
+    reference.blocks = torch.nn.ModuleList(_ErfBlock(config, 0.0) for _ in range(config.n_layer))
     load(reference, scramble(config))
     state = {nanogpt_name(name): tensor for name, tensor in reference.state_dict().items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]

@@ -1,0 +1,41 @@
+"""Sampling: ours, nanoGPT's own loop and transformers with its cache: python -m benchmarks.sampling [--json]
+
+From one token, 250 tokens of the character model and 100 of GPT-2 124M, temperature 0.8, of the 200 likeliest;
+milliseconds a token. The limit is the time to read every weight once, at the rate of memory measured in the same run;
+a token of several streams has its part of it. The small model's weights fit a cache, so that it may beat that limit.
+"""
+
+from functools import partial
+
+from benchmarks.paired import Contender, Result, in_turn, parser, show
+
+WORKS = {
+    "shakespeare_10m": ("shakespeare_10m", 1, 250),
+    "shakespeare_10m_8_streams": ("shakespeare_10m", 8, 250),
+    "gpt2_124m": ("gpt2_124m", 1, 100),
+    "gpt2_124m_8_streams": ("gpt2_124m", 8, 100),
+}
+
+
+def main() -> None:
+    options = parser(__doc__, tuple(WORKS))
+    options.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "int8"), default=["float32"])
+    arguments = options.parse_args()
+    for i, name in enumerate(arguments.works):
+        work, streams, n_tokens = WORKS[name]
+        given = {"work": work, "streams": streams, "n_tokens": n_tokens}
+        ours = [partial(Contender, "works:our_sampling", dtype=dtype, **given) for dtype in arguments.dtypes]
+        rivals = {"nanoGPT": "works:nanogpt_sampling", "transformers": "works:transformers_sampling"}
+        others = [partial(Contender, make, arguments.rival_python, **given) for make in rivals.values()]
+        *done, memory = in_turn([*ours, *others, partial(Contender, "works:memory")], arguments.rounds)
+        results = []
+        for dtype, mine in zip(arguments.dtypes, done, strict=False):
+            limit = 1e3 * mine.facts["bytes"] / 1e9 * min(memory.values) / streams
+            for rival, other in zip(rivals, done[len(ours) :], strict=True):
+                title = f"sampling, {work}, {streams} streams, {dtype}, against {rival}'s float32"
+                results.append(Result.of(title, 1e3 * mine.median, 1e3 * other.median, "ms a token", limit))
+        show(results, arguments.json, header=i == 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""What contenders do; each function returns facts and a function that does the work once and returns its seconds."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import Config, DataConfig, ModelConfig, TrainConfig, load_config_file
+
+Work = tuple[dict[str, Any], Callable[[], float]]
+SECONDS = 2.0  # of work in a turn, at least
+
+
+def config_of(work: str) -> Config:
+    """The config of a piece of work, with what its data would say of the vocabulary."""
+    if work == "gpt2_124m":
+        return Config(
+            data=DataConfig(source=""),
+            model=ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=256, vocab_size=50257, bias=False),
+            train=TrainConfig(batch_size=2),
+        )
+    config = load_config_file(Path("configs") / f"{work}.py")
+    return replace(config, model=replace(config.model, vocab_size=65))
+
+
+def timed(step: Callable[[], object], seconds: float = SECONDS) -> Callable[[], float]:
+    """Repeat a step for so long, and return what one took on average."""
+
+    def turn() -> float:
+        n, start = 0, time.perf_counter()
+        while not n or time.perf_counter() - start < seconds:
+            step()
+            n += 1
+        return (time.perf_counter() - start) / n
+
+    return turn
+
+
+def _windows(config: Config) -> np.ndarray:
+    shape = (config.train.batch_size, config.model.block_size + 1)
+    return np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
+
+
+def our_step(work: str, dtype: str, accumulate: int = 1) -> Work:
+    """The step that train.py compiles, on as many CPU devices as there are cores."""
+    config = config_of(work)
+    model, options = replace(config.model, dtype=dtype), replace(config.train, accumulate=accumulate)
+    config = replace(config, model=model, train=options)
+    from gptjax.host import use_cores
+
+    use_cores(config.train.batch_size // accumulate, 0)
+    import jax
+
+    from gptjax import flops
+    from gptjax.sharding import batch_sharding, make_mesh
+    from gptjax.training import compile_steps
+
+    mesh = make_mesh(config.mesh, config.train.batch_size // accumulate)
+    steps = compile_steps(config, mesh)
+    state = steps.init()
+    n_matmul_params = flops.matmul_params(state.params)
+    per_token = flops.train_flops_per_token(
+        n_matmul_params=n_matmul_params,
+        n_layer=model.n_layer,
+        n_embd=model.n_embd,
+        block_size=model.block_size,
+    )
+    windows = _windows(config)
+    windows_ABW = jax.device_put(windows.reshape(accumulate, -1, windows.shape[1]), batch_sharding(mesh))
+
+    def step() -> None:
+        nonlocal state
+        state, metrics = steps.train(state, windows_ABW)
+        jax.block_until_ready((state, metrics))
+
+    step()
+    return {"flops": per_token * config.train.batch_size * model.block_size, "jax": jax.__version__}, timed(step)
+
+
+def torch_step(work: str, dtype: str, compiled: bool) -> Work:
+    """nanoGPT's step in PyTorch: the in-tree reference, forward, backward, clipping and AdamW."""
+    import torch
+
+    from tests.parity.reference import Reference, Trainer
+
+    config = config_of(work)
+    torch.manual_seed(0)
+    reference = Reference(config.model, config.model.dropout)
+    if compiled:  # forward and loss, as nanoGPT has them in one module
+        reference.loss = torch.compile(reference.loss)
+    trainer = Trainer(reference, config.optimizer, config.train.max_steps)
+    windows = torch.from_numpy(_windows(config)).long()
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            trainer.train([windows])
+
+    step()
+    return {"torch": torch.__version__}, timed(step)
+
+
+def our_matmul(dtype: str) -> Work:
+    """Seconds of a TFLOP at the most that matrix products reach here."""
+    from gptjax.host import use_cores
+
+    use_cores(2, 0)
+    import jax
+
+    from gptjax.flops import measured_matmul_peak
+
+    return {}, lambda: 1e12 / measured_matmul_peak(jax.devices(), dtype, seconds=1.0)
+
+
+def memory() -> Work:
+    """Seconds to read a GB, at the best that all cores do together."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from gptjax.host import n_cores
+
+    parts = [np.ones(1 << 27, np.float32) for _ in range(n_cores())]  # 512 MiB each: far more than any cache
+    pool = ThreadPoolExecutor(len(parts))
+
+    def read() -> float:
+        start = time.perf_counter()
+        list(pool.map(np.max, parts))
+        return (time.perf_counter() - start) / (sum(part.nbytes for part in parts) / 1e9)
+
+    return {}, lambda: min(read() for _ in range(5))
+
+
+def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
+    """Seconds a token of `generate` from one new line, past the compilation; of all streams together."""
+    config = replace(config_of(work).model, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    from gptjax import host
+
+    host.prepare()
+    import jax
+
+    from gptjax.families import draw_params
+    from gptjax.generate import Sampling, generate
+
+    params = jax.jit(lambda: draw_params(config, 0))()
+    if dtype != "float32":
+        from gptjax.quantize import quantized
+
+        params = quantized(params, dtype)
+    prompts, seeds = [np.array([1], np.int32)] * streams, list(range(streams))
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in generate(config, params, prompts, n_tokens, Sampling(temperature=0.8, top_k=200), seeds):
+            pass
+        return (time.perf_counter() - start) / (n_tokens * streams)
+
+    n_bytes = sum(leaf.nbytes for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_read(path))
+    return {"bytes": n_bytes, "jax": jax.__version__}, run
+
+
+def _is_read(path: Any) -> bool:
+    """Whether a token's decoding reads all of a parameter: of embeddings it takes a row."""
+    return path[-1].key != "position_embedding"
+
+
+def nanogpt_sampling(work: str, streams: int, n_tokens: int) -> Work:
+    """Seconds a token of nanoGPT's `generate`: the last block_size tokens read again for every token."""
+    import torch
+
+    from tests.parity.reference import Reference
+
+    config = config_of(work).model
+    torch.manual_seed(0)
+    reference = Reference(config).eval()
+
+    @torch.no_grad()
+    def run() -> float:
+        tokens, start = torch.ones(streams, 1, dtype=torch.long), time.perf_counter()
+        for _ in range(n_tokens):
+            logits = reference.last_logits(tokens[:, -config.block_size :]) / 0.8
+            most = torch.topk(logits, min(200, config.vocab_size)).values
+            logits[logits < most[:, [-1]]] = -float("inf")
+            tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+        return (time.perf_counter() - start) / (n_tokens * streams)
+
+    return {"torch": torch.__version__}, run
+
+
+def transformers_sampling(work: str, streams: int, n_tokens: int) -> Work:
+    """Seconds a token of transformers' GPT-2 with its cache, by its own `generate`."""
+    import torch
+    import transformers
+
+    config = config_of(work).model
+    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+    torch.manual_seed(0)
+    names = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=config.vocab_size, n_positions=config.block_size, **sizes, **names)
+    ).eval()
+
+    @torch.no_grad()
+    def run() -> float:
+        tokens, start = torch.ones(streams, 1, dtype=torch.long), time.perf_counter()
+        options = {"max_new_tokens": n_tokens, "do_sample": True, "temperature": 0.8, "top_k": 200, "use_cache": True}
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        return (time.perf_counter() - start) / (n_tokens * streams)
+
+    return {"transformers": transformers.__version__}, run
+
+
+def our_batches(folder: str, block_size: int, batch_size: int) -> Work:
+    """Seconds a batch of inputs and targets from token files."""
+    from gptjax.data.batches import starts, windows
+    from gptjax.data.token_files import open_split
+
+    tokens, steps = open_split(Path(folder), "train"), iter(range(1 << 60))
+
+    def batch() -> object:
+        at = starts(len(tokens), block_size=block_size, batch_size=batch_size, seed=0, step=next(steps))
+        return windows(tokens, at, block_size, vocab_size=50257)
+
+    return {}, timed(batch, 0.5)
+
+
+def nanogpt_batches(folder: str, block_size: int, batch_size: int) -> Work:
+    """Seconds of nanoGPT's get_batch."""
+    import torch
+
+    def batch() -> object:
+        tokens = np.memmap(Path(folder) / "train.bin", dtype=np.uint16, mode="r")
+        at = torch.randint(len(tokens) - block_size, (batch_size,))
+        inputs = torch.stack([torch.from_numpy(tokens[i : i + block_size].astype(np.int64)) for i in at])
+        targets = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + block_size].astype(np.int64)) for i in at])
+        return inputs, targets
+
+    return {}, timed(batch, 0.5)
+
+
+def our_characters(corpus: str) -> Work:
+    """Seconds a million characters, from text to ids."""
+    from gptjax.tokenizer import Tokenizer
+
+    text = Path(corpus).read_text()
+    tokenizer = Tokenizer.characters(sorted(set(text)))
+    return {}, _per_million(text, timed(lambda: tokenizer.encode(text), 0.5))
+
+
+def nanogpt_characters(corpus: str) -> Work:
+    """Seconds a million characters of nanoGPT's prepare.py."""
+    text = Path(corpus).read_text()
+    ids = {character: i for i, character in enumerate(sorted(set(text)))}
+    return {}, _per_million(text, timed(lambda: np.array([ids[c] for c in text], dtype=np.uint16), 0.5))
+
+
+def our_bpe(corpus: str, vocabulary: str) -> Work:
+    """Seconds a million characters by GPT-2's vocabulary, in documents of 2,000 characters, on one core."""
+    import os
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from gptjax.tokenizer import Tokenizer
+
+    tokenizer, documents = Tokenizer.from_name_or_path(vocabulary), _documents(corpus)
+    return {}, _per_million("".join(documents), timed(lambda: tokenizer.encode_batch(documents), 0.5))
+
+
+def tiktoken_bpe(corpus: str, vocabulary: str) -> Work:
+    """Seconds a million characters by the library of nanoGPT's prepare.py, on one core."""
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    files = [str(Path(vocabulary) / name) for name in ("vocab.bpe", "encoder.json")]
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    ranks, documents = data_gym_to_mergeable_bpe_ranks(*files), _documents(corpus)
+    encoding = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    work = timed(lambda: [encoding.encode_ordinary(document) for document in documents], 0.5)
+    return {}, _per_million("".join(documents), work)
+
+
+def _documents(corpus: str) -> list[str]:
+    text = Path(corpus).read_text()
+    return [text[i : i + 2000] for i in range(0, len(text), 2000)]
+
+
+def _per_million(text: str, work: Callable[[], float]) -> Callable[[], float]:
+    return lambda: work() / len(text) * 1e6

@@ -1,0 +1,42 @@
+"""nanoGPT's loss on tiny Shakespeare (its README recipe for a CPU: 1.898) as fast as two CPU cores allow.
+
+    python train.py --config configs/speedrun.py
+
+docs/speedrun.md says what each choice is worth. The corpus is downloaded; without a network pass --data.source FILE.
+"""
+
+from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+config = Config(
+    data=DataConfig(
+        source="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    model=ModelConfig(
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        block_size=64,
+        activation="relu2",
+        norm="nonparametric_rmsnorm",
+        position="rope",
+        rope_theta=1000.0,
+        qk_norm=True,
+        embedding_norm=True,
+        logit_cap=15.0,
+        zero_init=True,
+        tied_head=False,
+    ),
+    optimizer=OptimizerConfig(
+        learning_rate=3e-3,
+        min_learning_rate=0.0,
+        warmup_steps=20,
+        schedule="linear",
+        decay_fraction=0.6,
+        beta2=0.95,
+        weight_decay=0.0,
+        matrix_optimizer="muon",
+        muon_learning_rate=0.05,
+    ),
+    train=TrainConfig(max_steps=300, batch_size=12, eval_interval=300, save_interval=300, log_interval=20),
+)
