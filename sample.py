@@ -19,6 +19,9 @@ class Arguments(Section):
     run: str | None = option(
         None, "a run's folder, a Hugging Face folder, a model's name there, or nanoGPT's ckpt.pt; none: the newest run"
     )
+    draft: str | None = option(
+        None, "a smaller model with the same tokens that guesses ahead: faster where it guesses well, else the same"
+    )
     checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of activations, and of weights that no run made")
     prompt: tuple[str, ...] = option((), "text to go on from, or several texts at once; none: a new line")
@@ -63,6 +66,8 @@ class Arguments(Section):
             not self.chat or alone, "chat", "reads its prompts from the terminal, and draws one sample of each"
         )
         self.require(self.chat or self.system is None, "system", "is for --chat")
+        one = self.num_samples == 1 and len(self.prompt) < 2 and self.context == "refill"
+        self.require(self.draft is None or one, "draft", "guesses for one sample of one prompt, and --context refill")
 
     def prompts(self) -> Sequence[str]:
         """The prompts, wherever they come from."""
@@ -91,10 +96,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_fields(Arguments())
     [arguments] = parser.parse(argv, Arguments())
     model = LanguageModel.load(arguments.run or str(newest_run()), arguments.checkpoint, arguments.dtype)
-    chat(model, arguments) if arguments.chat else complete(model, arguments)
+    draft = LanguageModel.load(arguments.draft, arguments.checkpoint, arguments.dtype) if arguments.draft else None
+    chat(model, draft, arguments) if arguments.chat else complete(model, draft, arguments)
 
 
-def complete(model: LanguageModel, arguments: Arguments) -> None:
+def complete(model: LanguageModel, draft: LanguageModel | None, arguments: Arguments) -> None:
     """Print what the model makes of each prompt, the first sample as it grows."""
     texts = [text for text in arguments.prompts() for _ in range(arguments.num_samples)]
     prompts = [model.tokenizer.prompt(text) for text in texts]
@@ -103,7 +109,8 @@ def complete(model: LanguageModel, arguments: Arguments) -> None:
     shown = ""
     if not arguments.log_probs:
         print(texts[0], end="", flush=True)
-    for answers in model.answer(prompts, arguments.max_new_tokens, arguments.sampling(model), seeds, arguments.stop):
+    options = (arguments.max_new_tokens, arguments.sampling(model), seeds, arguments.stop)
+    for answers in model.answer(prompts, *options, draft=draft):
         if not arguments.log_probs:
             print(answers[0].text[len(shown) :], end="", flush=True)
             shown = answers[0].text
@@ -121,7 +128,7 @@ def table(model: LanguageModel, answer: Answer) -> list[str]:
     return [f"{log_prob:9.4f}  {piece!r}" for log_prob, piece in zip(answer.log_probs, pieces, strict=True)]
 
 
-def chat(model: LanguageModel, arguments: Arguments) -> None:
+def chat(model: LanguageModel, draft: LanguageModel | None, arguments: Arguments) -> None:
     """A conversation in the terminal; what was read of it stays in the cache from turn to turn."""
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     model.chat_prompt([*messages, {"role": "user", "content": ""}])  # a model that cannot says so before it asks
@@ -130,7 +137,7 @@ def chat(model: LanguageModel, arguments: Arguments) -> None:
         messages.append({"role": "user", "content": question})
         prompt, shown = model.chat_prompt(messages), ""
         stream = model.answer(
-            [prompt], arguments.max_new_tokens, arguments.sampling(model), [seed], arguments.stop, memory
+            [prompt], arguments.max_new_tokens, arguments.sampling(model), [seed], arguments.stop, memory, draft
         )
         for [answer] in stream:
             print(answer.text[len(shown) :], end="", flush=True)

@@ -127,7 +127,7 @@ def decode(
         cache, logits_BV, seen_BV = carry
         token_B = sample_token(logits_BV, seen_BV, _fold(keys_B, index + i), temperature, rules)
         x_B1D, cache = hidden(token_B[:, None], cache, position_B + i)
-        return (cache, logits(x_B1D)[:, 0], _see(seen_BV, token_B)), (token_B, _log_prob(logits_BV, token_B))
+        return (cache, logits(x_B1D)[:, 0], see(seen_BV, token_B)), (token_B, _log_prob(logits_BV, token_B))
 
     (cache, logits_BV, seen_BV), (tokens_CB, log_probs_CB) = jax.lax.scan(
         one_token, (cache, logits_BV, seen_BV), jnp.arange(CHUNK)
@@ -157,7 +157,7 @@ def decode_exact(
         logits_BV = logits(hidden(tokens_BT)[0][:, -1:])[:, 0]
         token_B = sample_token(logits_BV, seen_BV, _fold(keys_B, index + i), temperature, rules)
         tokens_BT = jnp.concatenate([tokens_BT[:, 1:], token_B[:, None]], axis=1)
-        return (tokens_BT, _see(seen_BV, token_B)), (token_B, _log_prob(logits_BV, token_B))
+        return (tokens_BT, see(seen_BV, token_B)), (token_B, _log_prob(logits_BV, token_B))
 
     (tokens_BT, seen_BV), (tokens_CB, log_probs_CB) = jax.lax.scan(one_token, (tokens_BT, seen_BV), jnp.arange(CHUNK))
     return tokens_BT, seen_BV, tokens_CB.T, log_probs_CB.T
@@ -206,7 +206,7 @@ def _generate(
         replace(sampling, temperature=1.0),
     )  # one compilation for all
     keys_B, block_size, n_new = jax.vmap(jax.random.key)(np.array(seeds, np.uint32)), config.block_size, 0
-    seen_BV = _seen(rows, config.padded_vocab_size) if rules.repetition_penalty != 1 else None
+    seen_BV = seen(rows, config.padded_vocab_size) if rules.repetition_penalty != 1 else None
     rows = [np.asarray(row, np.int32)[-block_size:] for row in rows]
     size = _bucket(max(map(len, rows)) + max_new_tokens, block_size)
     while n_new < max_new_tokens:
@@ -300,14 +300,16 @@ def _fold(keys_B: jax.Array, i: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
 
 
-def _seen(rows: list[Ids], vocab_size: int) -> jax.Array:
+def seen(rows: Sequence[Ids], vocab_size: int) -> jax.Array:
+    """Which tokens each row has: [B, V]."""
     seen_BV = np.zeros((len(rows), vocab_size), bool)
     for seen_V, row in zip(seen_BV, rows, strict=True):
         seen_V[row] = True
     return jnp.asarray(seen_BV)
 
 
-def _see(seen_BV: jax.Array | None, token_B: jax.Array) -> jax.Array | None:
+def see(seen_BV: jax.Array | None, token_B: jax.Array) -> jax.Array | None:
+    """These and one more in each row."""
     return None if seen_BV is None else seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
 
 

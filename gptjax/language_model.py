@@ -20,6 +20,7 @@ from gptjax.model import GPT
 from gptjax.pretrained import load_params, locate, merge_lora, open_weights, tokenizer_of
 from gptjax.run import holds_run, load_run, trained_tokens
 from gptjax.sharding import one_device, with_shardings
+from gptjax.speculative import Decoder, speculate
 from gptjax.tokenizer import TextStream, Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -126,13 +127,25 @@ class LanguageModel:
         seeds: Sequence[int],
         stop: Sequence[str] = (),
         memory: Memory | None = None,
+        draft: "LanguageModel | None" = None,
     ) -> Iterator[list[Answer]]:
         """The same answers again and again, one to each prompt, as they grow, until all have ended or are long enough.
 
-        Text that may yet turn out to be the beginning of a stop string is held back until the end.
+        Text that may yet turn out to be the beginning of a stop string is held back until the end. With a draft there
+        is one prompt, and no use of the memory.
+
+        Raises:
+            UserError: the draft has other tokens.
         """
         rows = [_Row(Answer(), TextStream(self.tokenizer, prompt[-16:])) for prompt in prompts]
-        for chunk in generate(self.config, self.params, prompts, max_new_tokens, sampling, seeds, memory):
+        if draft is None:
+            chunks = generate(self.config, self.params, prompts, max_new_tokens, sampling, seeds, memory)
+        else:
+            if draft.tokenizer.vocabulary != self.tokenizer.vocabulary:
+                raise UserError(f"{draft.name} cannot guess for {self.name}: they have different tokens")
+            own, guesses = [Decoder(model.config, model.params) for model in (self, draft)]
+            chunks = speculate(own, guesses, prompts[0], max_new_tokens, sampling, seeds[0])
+        for chunk in chunks:
             for row, tokens, log_probs in zip(rows, *chunk, strict=True):
                 row.feed(tokens.tolist(), log_probs.tolist(), self.stop_tokens, stop)
             if all(row.answer.ended for row in rows):
