@@ -10,7 +10,7 @@ from gptjax import host
 from gptjax.config import Parser, Section, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.generate import Memory, Sampling
-from gptjax.language_model import Answer, LanguageModel
+from gptjax.language_model import Answer, Dtype, LanguageModel
 from gptjax.run import newest_run
 
 
@@ -23,7 +23,7 @@ class Arguments(Section):
         None, "a smaller model with the same tokens that guesses ahead: faster where it guesses well, else the same"
     )
     checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of activations, and of weights that no run made")
+    dtype: Dtype = option("auto", "of activations, and of weights that no run made; int8: of weights alone")
     prompt: tuple[str, ...] = option((), "text to go on from, or several texts at once; none: a new line")
     prompt_file: str | None = option(None, "file to read the prompt from; -: standard input")
     chat: bool = option(False, "hold a conversation with an instruction model, line by line; an empty line ends it")
@@ -95,9 +95,13 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser("sample.py", __doc__)
     parser.add_fields(Arguments())
     [arguments] = parser.parse(argv, Arguments())
-    model = LanguageModel.load(arguments.run or str(newest_run()), arguments.checkpoint, arguments.dtype)
-    draft = LanguageModel.load(arguments.draft, arguments.checkpoint, arguments.dtype) if arguments.draft else None
+    model = _load(arguments.run or str(newest_run()), arguments)
+    draft = _load(arguments.draft, arguments) if arguments.draft else None
     chat(model, draft, arguments) if arguments.chat else complete(model, draft, arguments)
+
+
+def _load(name: str, arguments: Arguments) -> LanguageModel:
+    return LanguageModel.load(name, arguments.checkpoint, arguments.dtype).for_sampling()
 
 
 def complete(model: LanguageModel, draft: LanguageModel | None, arguments: Arguments) -> None:

@@ -139,14 +139,16 @@ def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
     host.prepare()
     import jax
 
+    from gptjax.decoder import lay_out
     from gptjax.families import draw_params
     from gptjax.generate import Sampling, generate
+    from gptjax.int8 import quantize
 
-    params = jax.jit(lambda: draw_params(config, 0))()
-    if dtype != "float32":
-        from gptjax.quantize import quantized
-
-        params = quantized(params, dtype)
+    params = lay_out(jax.jit(lambda: draw_params(config, 0))())
+    if dtype == "bfloat16":
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    elif dtype == "int8":
+        params = quantize(params)
     prompts, seeds = [np.array([1], np.int32)] * streams, list(range(streams))
 
     def run() -> float:

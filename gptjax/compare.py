@@ -21,7 +21,7 @@ from gptjax.config import Parser, Section, argument, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.evaluate import text_loss
 from gptjax.generate import Sampling
-from gptjax.language_model import Answer, LanguageModel
+from gptjax.language_model import Answer, Dtype, LanguageModel
 from gptjax.pretrained import locate, open_weights
 from gptjax.run import holds_run, write_atomically
 
@@ -40,7 +40,7 @@ class Arguments(Section):
     seed: int = option(1337, "the same seed gives the same answers")
     out: str = option("compare", "the pages are named OUT.html and OUT.md")
     checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of activations, and of weights that no run made")
+    dtype: Dtype = option("auto", "of activations, and of weights that no run made; int8: of weights alone")
 
     def validate(self) -> None:
         self.require(self.max_new_tokens > 0, "max_new_tokens", "is not positive")
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
 
 def ask(name: str, prompts: Sequence[str], arguments: Arguments) -> Column:
     """Load a model, put every prompt to it at every temperature, and let it go again."""
-    model = LanguageModel.load(name, arguments.checkpoint, arguments.dtype)
+    model = LanguageModel.load(name, arguments.checkpoint, arguments.dtype).for_sampling()
     picture = model.folder / "loss.png"
     alone = sum(Path(other).name == Path(name).name for other in arguments.models) == 1
     column = Column(

@@ -22,7 +22,7 @@ from gptjax.data.corpora import read_text
 from gptjax.data.token_files import Tokens, dtype_for
 from gptjax.errors import UserError, one_line_errors
 from gptjax.generate import Ids
-from gptjax.language_model import LanguageModel
+from gptjax.language_model import Dtype, LanguageModel
 
 _AT_ONCE = 64  # windows or questions scored between two steps of the progress bar
 
@@ -40,7 +40,7 @@ class Arguments(Section):
         None, "text: tokens scored in each window, fewer give each more to go on; none: all, each window on its own"
     )
     checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of activations, and of weights that no run made")
+    dtype: Dtype = option("auto", "of activations, and of weights that no run made; int8: of weights alone")
     json: bool = option(False, "print one JSON object in place of lines to read")
 
     def validate(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ModelConfig
-from gptjax.model import GPT, KVCache, init_cache
+from gptjax.decoder import Cache, hidden, init_cache, length_of, logits, widen
 
 CHUNK = 16  # tokens decoded in one call: often enough for a person who reads along, seldom enough to be fast
 Ids = Int[np.ndarray, " _"]
@@ -51,7 +51,7 @@ class Memory:
     """The tokens of one conversation whose keys and values are in `cache`, for the next turn to go on from."""
 
     tokens: Ids = field(default_factory=lambda: np.zeros(0, np.int32))
-    cache: KVCache | None = None
+    cache: Cache | None = None
 
 
 def apply_rules(
@@ -89,26 +89,25 @@ def sample_token(
 def prefill(
     config: ModelConfig,
     params: Any,
-    cache: KVCache,
+    cache: Cache,
     tokens_BT: Int[Array, "B T"],
     offset_B: Int[Array, " B"],
     length_B: Int[Array, " B"],
-) -> tuple[KVCache, Float[Array, "B V"]]:
+) -> tuple[Cache, Float[Array, "B V"]]:
     """Read the first `length` tokens of each row, at positions from its offset on: the cache, and what follows' logits.
 
     What stands behind `length` only fills the row, so that one compilation serves many lengths: the causal mask
     hides its keys until decoding overwrites them.
     """
-    hidden, logits = _parts(config, params)
-    x_BTD, cache = hidden(tokens_BT, cache, offset_B)
-    return cache, logits(jnp.take_along_axis(x_BTD, length_B[:, None, None] - 1, axis=1))[:, 0]
+    x_BTD, cache = hidden(config, params, tokens_BT, cache, offset_B)
+    return cache, logits(config, params, jnp.take_along_axis(x_BTD, length_B[:, None, None] - 1, axis=1))[:, 0]
 
 
 @partial(jax.jit, static_argnames=("config", "rules"), donate_argnames=("cache", "seen_BV"))
 def decode(
     config: ModelConfig,
     params: Any,
-    cache: KVCache,
+    cache: Cache,
     logits_BV: Float[Array, "B V"],
     seen_BV: Bool[Array, "B V"] | None,
     position_B: Int[Array, " B"],
@@ -121,13 +120,15 @@ def decode(
 
     Returns the cache, the logits of what follows, the tokens seen, the new tokens [B, C] and their log-probabilities.
     """
-    hidden, logits = _parts(config, params)
 
     def one_token(carry: Any, i: jax.Array) -> Any:
         cache, logits_BV, seen_BV = carry
         token_B = sample_token(logits_BV, seen_BV, _fold(keys_B, index + i), temperature, rules)
-        x_B1D, cache = hidden(token_B[:, None], cache, position_B + i)
-        return (cache, logits(x_B1D)[:, 0], see(seen_BV, token_B)), (token_B, _log_prob(logits_BV, token_B))
+        x_B1D, cache = hidden(config, params, token_B[:, None], cache, position_B + i)
+        return (cache, logits(config, params, x_B1D)[:, 0], see(seen_BV, token_B)), (
+            token_B,
+            _log_prob(logits_BV, token_B),
+        )
 
     (cache, logits_BV, seen_BV), (tokens_CB, log_probs_CB) = jax.lax.scan(
         one_token, (cache, logits_BV, seen_BV), jnp.arange(CHUNK)
@@ -150,11 +151,10 @@ def decode_exact(
 
     Returns these block_size tokens, the tokens seen, the new tokens [B, C] and their log-probabilities.
     """
-    hidden, logits = _parts(config, params)
 
     def one_token(carry: Any, i: jax.Array) -> Any:
         tokens_BT, seen_BV = carry
-        logits_BV = logits(hidden(tokens_BT)[0][:, -1:])[:, 0]
+        logits_BV = logits(config, params, hidden(config, params, tokens_BT)[0][:, -1:])[:, 0]
         token_B = sample_token(logits_BV, seen_BV, _fold(keys_B, index + i), temperature, rules)
         tokens_BT = jnp.concatenate([tokens_BT[:, 1:], token_B[:, None]], axis=1)
         return (tokens_BT, see(seen_BV, token_B)), (token_B, _log_prob(logits_BV, token_B))
@@ -222,7 +222,7 @@ def _generate(
             rows = [np.append(row, tokens) for row, tokens in zip(rows, chunk.tokens_BC, strict=True)]
             if memory is not None:
                 memory.tokens, memory.cache = (
-                    rows[0][: cache.keys.shape[2] - 1],
+                    rows[0][: length_of(cache) - 1],
                     cache,
                 )  # surplus went to the last place
             yield chunk
@@ -241,31 +241,23 @@ def _generate(
 
 def _read(
     config: ModelConfig, params: Any, rows: list[Ids], size: int, memory: Memory | None
-) -> tuple[KVCache, jax.Array]:
+) -> tuple[Cache, jax.Array]:
     """A cache of `size` places with these rows in it, and the logits of what follows them."""
     start, cache = 0, None
     if memory is not None and memory.cache is not None:
         known = min(len(memory.tokens), len(rows[0]) - 1)  # of the last token the logits are needed
         start = int(np.argmin(np.append(memory.tokens[:known] == rows[0][:known], False)))
         cache, memory.cache = memory.cache, None  # donated below
-        size = max(size, cache.keys.shape[2])
-        cache = jax.tree.map(
-            lambda x: jnp.pad(x, [(0, size - n if i == 2 else 0) for i, n in enumerate(x.shape)]), cache
-        )
+        size = max(size, length_of(cache))
+        cache = widen(cache, size)
     lengths = [len(row) - start for row in rows]
     filled = min(_bucket(max(lengths), config.block_size), size - start)
     tokens_BT = np.zeros((len(rows), filled), np.int32)
     for tokens_T, row in zip(tokens_BT, rows, strict=True):
         tokens_T[: len(row) - start] = row[start:]
     offset_B = jnp.full(len(rows), start, jnp.int32)
-    cache = cache or init_cache(config, len(rows), size)
+    cache = cache or init_cache(config, params, len(rows), size)
     return prefill(config, params, cache, jnp.asarray(tokens_BT), offset_B, jnp.array(lengths, jnp.int32))
-
-
-def _parts(config: ModelConfig, params: Any) -> tuple[Any, Any]:
-    """The model's two halves with their weights: tokens (and cache, offsets) to hidden states, and those to logits."""
-    model, weights = GPT(config), {"params": params}
-    return partial(model.apply, weights, method="hidden"), partial(model.apply, weights, method="logits")
 
 
 def _bucket(length: int, most: int) -> int:

@@ -13,17 +13,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptjax import chat
 from gptjax.config import ModelConfig
+from gptjax.decoder import hidden, lay_out, logits
 from gptjax.errors import UserError
 from gptjax.families import draw_params, read_json
 from gptjax.generate import Ids, Memory, Sampling, generate
-from gptjax.model import GPT
+from gptjax.int8 import Int8, quantize
 from gptjax.pretrained import load_params, locate, merge_lora, open_weights, tokenizer_of
 from gptjax.run import holds_run, load_run, trained_tokens
 from gptjax.sharding import one_device, with_shardings
 from gptjax.speculative import Decoder, speculate
 from gptjax.tokenizer import TextStream, Tokenizer
 
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "int8"]
 _SCORED_LOGITS = 1 << 26  # logits in one batch of a score: 256 MiB
 
 
@@ -57,12 +58,13 @@ class LanguageModel:
         """The model in a run's or a Hugging Face folder, in a ckpt.pt of nanoGPT, or of a name on the hub.
 
         A run's weights are float32, others have the `dtype` of activations; "auto" is a run's own, else bfloat16 on
-        GPU and TPU and float32 on CPU.
+        GPU and TPU and float32 on CPU. "int8" is auto with the weights rounded to int8.
 
         Raises:
             UserError: there is no such model, or it is damaged.
         """
-        path = locate(name)
+        path, wanted = locate(name), dtype
+        dtype = "auto" if dtype == "int8" else dtype
         if holds_run(path):
             run, params, tokenizer = load_run(path, which)
             config, seen = run.model, None if run.init_from else trained_tokens(path, which)
@@ -83,18 +85,26 @@ class LanguageModel:
                 )
         folder = path if path.is_dir() else path.parent
         config, params = merge_lora(config, params)
+        if wanted == "int8":
+            params = quantize(params)
         variables = chat.special_tokens(folder)
         stops, defaults = _manners(folder, tokenizer, variables)
         template = chat.find_template(folder)
         shown = path.resolve().name if Path(name).expanduser().exists() else name  # on the hub's cache, a checksum
         return cls(shown, config, params, tokenizer, template, variables, stops, defaults, seen, folder)
 
+    def for_sampling(self) -> "LanguageModel":
+        """The same with its parameters as a CPU reads them fastest, token by token."""
+        return replace(self, params=lay_out(self.params)) if jax.default_backend() == "cpu" else self
+
     @property
     def n_params(self) -> int:
         """Trained numbers: the padding of the vocabulary is none."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
         padded = 1 if self.config.tied_head else 2
-        return sum(x.size for x in jax.tree.leaves(self.params)) - padded * padding * self.config.n_embd
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, Int8))
+        weights = sum((leaf.weights if isinstance(leaf, Int8) else leaf).size for leaf in leaves)
+        return weights - padded * padding * self.config.n_embd
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> Ids:
         """The ids of a conversation ({"role": ..., "content": ...}), up to where the assistant's answer begins.
@@ -189,7 +199,7 @@ def _score(
     config: ModelConfig, params: Any, tokens_BW: Int[Array, "B W"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Log-probability of each token after the first, and whether it is the likeliest."""
-    logits_BTV: Any = GPT(config).apply({"params": params}, tokens_BW[:, :-1])
+    logits_BTV = logits(config, params, hidden(config, params, tokens_BW[:, :-1])[0])
     targets_BT = tokens_BW[:, 1:]
     log_probs_BTV = jax.nn.log_softmax(logits_BTV)
     log_probs_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gptjax import int8
 from gptjax.attention import causal_attention, sequence_attention
 from gptjax.config import ModelConfig
+from gptjax.int8 import Int8
 from gptjax.sharding import constrain, gathered
 
 INIT_STD = 0.02  # GPT-2's code; section 2.3 of its paper adds 1/sqrt(number of residual branches)
@@ -60,12 +62,16 @@ class Linear(nn.Module):
         n_in = math.prod(in_shape)
         std = INIT_STD * (2 * config.n_layer) ** -0.5 if self.residual else INIT_STD
         init = nn.initializers.zeros if self.residual and config.zero_init else nn.initializers.normal(std)
-        kernel = self.param("kernel", init, (*in_shape, *self.features))
         # As one product of two matrices: with [B, T, D] as it is, XLA on CPUs transposes the gradient of [B, T, F],
         # which took a quarter of a step.
         rows = x.reshape(-1, n_in).astype(dtype)
-        kernel = gathered(kernel.astype(dtype), "/".join((*self.path, "kernel")))
-        y = rows @ kernel.reshape(n_in, n_out)
+        kernel: Any = self.get_variable("params", "kernel")
+        if isinstance(kernel, Int8):
+            y = int8.product(rows, kernel).astype(dtype)
+        else:
+            kernel = self.param("kernel", init, (*in_shape, *self.features))
+            kernel = gathered(kernel.astype(dtype), "/".join((*self.path, "kernel")))
+            y = rows @ kernel.reshape(n_in, n_out)
         if config.lora_rank and self.name in config.lora_layers.split(","):
             rank = config.lora_rank
             a = self.param("lora_a", nn.initializers.normal(n_in**-0.5), (n_in, rank)).astype(dtype)
@@ -151,7 +157,7 @@ class GPT(nn.Module):
 
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(INIT_STD)
-        self.token_embedding = self.param("token_embedding", init, (config.padded_vocab_size, config.n_embd))
+        self.token_embedding = self._table("token_embedding", init)
         if config.position == "learned":
             self.position_embedding = self.param("position_embedding", init, (config.block_size, config.n_embd))
         if config.embedding_norm:
@@ -172,7 +178,12 @@ class GPT(nn.Module):
         self.final_norm = _norm(config)
         if not config.tied_head:
             init = nn.initializers.zeros if config.zero_init else init
-            self.head = self.param("head", init, (config.padded_vocab_size, config.n_embd))
+            self.head = self._table("head", init)
+
+    def _table(self, name: str, init: Any) -> Any:
+        value: Any = self.get_variable("params", name)
+        shape = (self.config.padded_vocab_size, self.config.n_embd)
+        return value if isinstance(value, Int8) else self.param(name, init, shape)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the token that follows each place; those of padded ids are -inf."""
@@ -186,10 +197,21 @@ class GPT(nn.Module):
         A cache holds the keys and values of positions before the offsets; the new one holds these tokens' too.
         Documents are kept apart where there is none: a separator is the first token of the document behind it.
         """
+        x_BTD, position_bT, document_BT = self.embed(tokens_BT, cache, offset_B)
+        x_BTD, cache = self.layers(x_BTD, cache, position_bT, document_BT)
+        return self.normalize(x_BTD), cache
+
+    def embed(
+        self, tokens_BT: Int[Array, "B T"], cache: Any = None, offset_B: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "b T"], Int[Array, "B T"] | None]:
+        """What the first block takes: the tokens' vectors, their positions, and the numbers of their documents."""
         position_bT = jnp.arange(tokens_BT.shape[1])[None]
         if offset_B is not None:
             position_bT = position_bT + offset_B[:, None]
-        x_BTD = jnp.take(gathered(self.token_embedding, "token_embedding"), tokens_BT, axis=0)
+        if isinstance(self.token_embedding, Int8):
+            x_BTD = int8.rows(self.token_embedding, tokens_BT)
+        else:
+            x_BTD = jnp.take(gathered(self.token_embedding, "token_embedding"), tokens_BT, axis=0)
         if self.config.position == "learned" and offset_B is None:
             x_BTD = x_BTD + self.position_embedding[None, : tokens_BT.shape[1]]
         elif self.config.position == "learned":
@@ -200,8 +222,11 @@ class GPT(nn.Module):
         document_BT = None
         if self.config.separator is not None and cache is None:
             document_BT = jnp.cumsum(tokens_BT == self.config.separator, axis=1)
-        x_BTD, cache = self.layers(x_BTD, cache, position_bT, document_BT)
-        return self.final_norm(x_BTD), cache
+        return x_BTD, position_bT, document_BT
+
+    def normalize(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The norm behind the last block."""
+        return self.final_norm(x_BTD)
 
     @nn.nowrap
     def head_of(self, params: Any) -> Float[Array, "V D"]:
@@ -215,8 +240,12 @@ class GPT(nn.Module):
         With a cap no other is larger: cap tanh(x / cap) ("Gemma 2", section 2).
         """
         tree = {"token_embedding": self.token_embedding} if self.config.tied_head else {"head": self.head}
-        head_VD = self.head_of(tree)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
+        [table] = tree.values()
+        if isinstance(table, Int8):
+            logits_BTV = int8.product(x_BTD, table)
+        else:
+            head_VD = self.head_of(tree)
+            logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
         logits_BTV = constrain(logits_BTV, None, "tensor")
         if cap := self.config.logit_cap:
             logits_BTV = cap * jnp.tanh(logits_BTV / cap)
@@ -224,12 +253,6 @@ class GPT(nn.Module):
             return logits_BTV
         real_V = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
         return jnp.where(real_V[None, None], logits_BTV, -jnp.inf)
-
-
-def init_cache(config: ModelConfig, batch_size: int, length: int) -> KVCache:
-    """An empty cache for `batch_size` sequences of up to `length` tokens, in the activations' dtype."""
-    shape = (config.n_layer, batch_size, length, config.kv_heads, config.head_width)
-    return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
 def rope_angles(config: ModelConfig, position_bT: Int[Array, "b T"]) -> Float[Array, "b T H"]:

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ModelConfig
+from gptjax.decoder import Cache, hidden, init_cache, logits
 from gptjax.generate import Chunk, Ids, Sampling, apply_rules, prefill, see, seen
-from gptjax.model import GPT, KVCache, init_cache
 
 PROPOSALS = 4  # in a round
 
@@ -71,9 +71,9 @@ def speculate(
         text = text[-max(block_size // 2, 1) :]
 
 
-def _read(decoder: Decoder, tokens: Ids, size: int) -> KVCache:
+def _read(decoder: Decoder, tokens: Ids, size: int) -> Cache:
     """A cache of `size` places with these tokens in it."""
-    cache = init_cache(decoder.config, 1, size)
+    cache = init_cache(decoder.config, decoder.params, 1, size)
     padded = np.zeros((1, min(max(32, 1 << max(len(tokens) - 1, 0).bit_length()), size)), np.int32)
     padded[0, : len(tokens)] = tokens
     start, length = jnp.zeros(1, jnp.int32), jnp.full(1, max(len(tokens), 1), jnp.int32)
@@ -84,7 +84,7 @@ def _read(decoder: Decoder, tokens: Ids, size: int) -> KVCache:
 def _round(
     configs: tuple[ModelConfig, ModelConfig],
     params: tuple[Any, Any],
-    caches: tuple[KVCache, KVCache],
+    caches: tuple[Cache, Cache],
     last_1: Int[Array, "1"],
     position: Int[Array, ""],
     seen_V: Bool[Array, " V"] | None,
@@ -97,14 +97,14 @@ def _round(
 
     The text's last token, which no cache has yet, stands at `position`.
     """
-    (model, draft), (params, draft_params), (cache, draft_cache) = map(GPT, configs), params, caches
+    (model, draft), (params, draft_params), (cache, draft_cache) = configs, params, caches
     propose_key, accept_key, extra_key = jax.random.split(key, 3)
 
     def propose(carry: Any, i: jax.Array) -> Any:
         token_1, draft_cache, seen_1V = carry
-        x_11D, draft_cache = _hidden(draft, draft_params, token_1[None], draft_cache, position + i)
-        logits_1V = _logits(draft, draft_params, x_11D)
-        known_1V = jnp.arange(logits_1V.shape[1])[None] < model.config.vocab_size
+        x_11D, draft_cache = hidden(draft, draft_params, token_1[None], draft_cache, (position + i)[None])
+        logits_1V = logits(draft, draft_params, x_11D)[0]
+        known_1V = jnp.arange(logits_1V.shape[1])[None] < model.vocab_size
         logits_1V = jnp.where(known_1V, logits_1V, -jnp.inf)
         probs_1V = _probabilities(logits_1V, _of_width(seen_1V, logits_1V.shape[1]), temperature, rules)
         drawn_1 = jax.random.categorical(jax.random.fold_in(propose_key, i), jnp.log(probs_1V)).astype(jnp.int32)
@@ -116,8 +116,8 @@ def _round(
         propose, (last_1, draft_cache, seen_1V), jnp.arange(proposals + 1)
     )
     proposed_K, guess_KV = drawn_k[:-1], guess_kV[:-1]
-    x_1kD, cache = _hidden(model, params, jnp.concatenate([last_1, proposed_K])[None], cache, position)
-    logits_kV = _logits(model, params, x_1kD)
+    x_1kD, cache = hidden(model, params, jnp.concatenate([last_1, proposed_K])[None], cache, position[None])
+    logits_kV = logits(model, params, x_1kD)[0]
     if seen_1V is not None:  # at each place the proposals before it too
         later_KV = jnp.cumsum(jax.nn.one_hot(proposed_K, seen_1V.shape[1], dtype=jnp.int32), axis=0) > 0
         seen_1V = jnp.concatenate([seen_1V, seen_1V | later_KV])
@@ -135,14 +135,6 @@ def _round(
     log_probs_kV = _of_width(jax.nn.log_softmax(logits_kV), n_ids)
     log_probs_k = jnp.take_along_axis(log_probs_kV, tokens_k[:, None], axis=1)[:, 0]
     return cache, draft_cache, tokens_k, log_probs_k, n_accepted + 1
-
-
-def _hidden(model: GPT, params: Any, tokens_1T: jax.Array, cache: KVCache, position: jax.Array) -> Any:
-    return model.apply({"params": params}, tokens_1T, cache, position[None], method="hidden")
-
-
-def _logits(model: GPT, params: Any, x_1TD: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, x_1TD, method="logits")[0]
 
 
 def _probabilities(logits_TV: jax.Array, seen_TV: Any, temperature: jax.Array, rules: Sampling) -> jax.Array:

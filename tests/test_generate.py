@@ -10,8 +10,9 @@ import pytest
 import scipy.stats
 
 from gptjax.config import ModelConfig
+from gptjax.decoder import init_cache
 from gptjax.generate import CHUNK, Memory, Sampling, decode, generate, prefill, sample_token
-from gptjax.model import GPT, init_cache
+from gptjax.model import GPT
 
 TINY = ModelConfig(vocab_size=61, block_size=40, n_layer=2, n_head=2, n_embd=16, bias=True, dtype="float32")
 SPEEDRUN = replace(
@@ -100,7 +101,7 @@ def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(params, scrambl
     params = params if config is TINY else scramble(config)
     tokens_BT = text(config.block_size, batch=3)
     full_BTV = np.asarray(logits_of(config, params, tokens_BT))
-    cache = init_cache(config, 3, config.block_size + CHUNK)
+    cache = init_cache(config, params, 3, config.block_size + CHUNK)
     assert full_BTV.std() > 0.5
     for position in range(config.block_size):
         token_B1 = tokens_BT[:, position : position + 1]
@@ -111,7 +112,7 @@ def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(params, scrambl
 
 def test_reading_piece_by_piece_gives_the_logits_of_a_full_pass(params):
     tokens_BT, start = text(TINY.block_size, batch=2), 0
-    full_BTV, cache = np.asarray(logits_of(TINY, params, tokens_BT)), init_cache(TINY, 2, TINY.block_size)
+    full_BTV, cache = np.asarray(logits_of(TINY, params, tokens_BT)), init_cache(TINY, params, 2, TINY.block_size)
     for n in (27, 13):
         logits_BTV, cache = read(TINY, params, tokens_BT[:, start : start + n], cache, jnp.full(2, start))
         np.testing.assert_allclose(logits_BTV, full_BTV[:, start : start + n], rtol=0, atol=1e-5)  # as above
@@ -123,7 +124,7 @@ def test_prefill_and_decode_give_the_logits_of_a_full_pass(params):
     length_B = np.array([1, 5, 20, 24])
     padded_BT, junk_BT = text(32, batch=4), text(32, batch=4, seed=9)
     behind = np.arange(32) >= length_B[:, None]
-    cache, offset_B, rows = init_cache(TINY, 4, TINY.block_size), jnp.zeros(4, jnp.int32), np.arange(4)
+    cache, offset_B, rows = init_cache(TINY, params, 4, TINY.block_size), jnp.zeros(4, jnp.int32), np.arange(4)
     tokens_BT = jnp.asarray(np.where(behind, junk_BT, padded_BT))
     cache, logits_BV = prefill(TINY, params, cache, tokens_BT, offset_B, jnp.asarray(length_B))
     full_BTV = np.asarray(logits_of(TINY, params, padded_BT))

@@ -10,7 +10,7 @@ import scipy.stats
 
 from gptjax.config import ModelConfig
 from gptjax.generate import Sampling, apply_rules, generate
-from gptjax.model import GPT, init_cache
+from gptjax.model import GPT
 from gptjax.speculative import Decoder, _read, _round, speculate
 
 LARGE = ModelConfig(vocab_size=13, block_size=24, n_layer=2, n_head=2, n_embd=16, dtype="float32")
@@ -102,4 +102,3 @@ def test_one_token_is_prompt_enough(decoders):
     greedy = Sampling(temperature=0.0)
     alone = tokens_of(generate(*decoders[0], [PROMPT[:1]], 12, greedy, seeds=[0]))
     np.testing.assert_array_equal(tokens_of(speculate(*decoders, PROMPT[:1], 12, greedy, seed=0)), alone)
-    assert init_cache(LARGE, 1, 3).keys.shape[2] == 3

@@ -1,0 +1,71 @@
+"""The model as sampling reads it: a layer's weights and its cache in arrays of their own.
+
+On a CPU decoding takes as long as reading the weights does. Of stacked layers XLA copies each layer's part before it
+reads it; of arrays of their own it copies none. Shape suffixes as in model.py.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gptjax.config import ModelConfig
+from gptjax.model import GPT, Block, KVCache
+
+Cache = KVCache | tuple[KVCache, ...]  # of all layers, or one of each
+
+
+def lay_out(params: Any) -> Any:
+    """The same parameters, "layers" a tuple of each layer's; layer by layer, so that not all are there twice."""
+    layers, n_layer = params["layers"], len(jax.tree.leaves(params["layers"])[0])
+    return params | {"layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(n_layer))}
+
+
+def init_cache(config: ModelConfig, params: Any, batch_size: int, length: int) -> Cache:
+    """An empty cache for `batch_size` sequences of up to `length` tokens, as these parameters want it."""
+    shape: tuple[int, ...] = (batch_size, length, config.kv_heads, config.head_width)
+    if not isinstance(params["layers"], tuple):
+        shape = (config.n_layer, *shape)
+        return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+    return tuple(KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in params["layers"])
+
+
+def length_of(cache: Cache) -> int:
+    """How many tokens a cache has room for."""
+    return int(jax.tree.leaves(cache)[0].shape[-3])
+
+
+def widen(cache: Cache, length: int) -> Cache:
+    """The same with room for so many."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, length - n if i == x.ndim - 3 else 0) for i, n in enumerate(x.shape)])
+
+    return jax.tree.map(pad, cache)
+
+
+def hidden(
+    config: ModelConfig,
+    params: Any,
+    tokens_BT: Int[Array, "B T"],
+    cache: Cache | None = None,
+    offset_B: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """`GPT.hidden`, of parameters as they are or laid out."""
+    model: Any = GPT(config)  # of which `apply` promises more than it gives
+    if not isinstance(params["layers"], tuple):
+        return model.apply({"params": params}, tokens_BT, cache, offset_B, method="hidden")
+    x_BTD, position_bT, document_BT = model.apply({"params": params}, tokens_BT, cache, offset_B, method="embed")
+    caches: list[Any] = []
+    for layer, own in zip(params["layers"], cache or [None] * config.n_layer, strict=True):
+        block: Any = Block(config)
+        x_BTD, own = block.apply({"params": layer}, x_BTD, own, position_bT, document_BT)
+        caches.append(own)
+    return model.apply({"params": params}, x_BTD, method="normalize"), None if cache is None else tuple(caches)
+
+
+def logits(config: ModelConfig, params: Any, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """`GPT.logits`."""
+    model: Any = GPT(config)
+    return model.apply({"params": params}, x_BTD, method="logits")
