@@ -46,5 +46,5 @@ def whole_run(corpus: str, seed: int = 1337) -> tuple[dict[str, Any], Callable[[
     starts = np.arange(0, len(val) - block - 1, block)
     with torch.no_grad():
         rows = [windows(val, part) for part in np.array_split(starts, -(-len(starts) // batch)) if len(part)]
-        losses = [(reference.loss(row).item(), len(row)) for row in rows]
-    return {"loss": float(np.average(*map(list, zip(*losses, strict=True))))}, lambda: 0.0
+        losses = [reference.loss(row).item() for row in rows]
+    return {"loss": float(np.average(losses, weights=[len(row) for row in rows]))}, lambda: 0.0

@@ -18,7 +18,9 @@ from gptjax.config import Config
 from gptjax.loss import cross_entropy_sum, pieces_of
 from gptjax.model import GPT
 from gptjax.optimizer import freeze, make_optimizer, make_schedule
-from gptjax.sharding import batch_sharding, require_divisible, shardings, with_shardings
+from gptjax.sharding import BATCH_AXES, batch_sharding, require_divisible, shardings, with_shardings
+
+CACHED_TOKENS = 2048  # of a micro-step on a CPU
 
 
 class TrainState(NamedTuple):
@@ -65,12 +67,20 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
     return make_optimizer(config.optimizer, config.train.max_steps, lora=config.model.lora_rank > 0)
 
 
-def train_step(config: Config, state: TrainState, windows_ABW: Int[Array, "A B W"]) -> tuple[TrainState, Any]:
-    """One optimizer step on the mean loss over all A x B windows; A micro-steps bound the memory.
+def train_step(
+    config: Config, state: TrainState, windows_ABW: Int[Array, "A B W"], splits: int = 1
+) -> tuple[TrainState, Any]:
+    """One optimizer step on the mean loss over all A x B windows; A micro-steps bound the memory, `splits` of each the
+    working set.
 
     Dropout is keyed by (train.seed, step, micro-step), so the step is a function of state and batch alone.
     """
     model, optimizer = GPT(config.model), _optimizer(config)
+    if splits > 1:
+        A, B, W = windows_ABW.shape
+        windows_ABW = jax.lax.with_sharding_constraint(
+            windows_ABW.reshape(A * splits, B // splits, W), PartitionSpec(None, BATCH_AXES)
+        )
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     n_targets = windows_ABW.size // windows_ABW.shape[-1] * (windows_ABW.shape[-1] - 1)
 
@@ -124,9 +134,23 @@ def trace_train_step(config: Config, mesh: Mesh) -> tuple[TrainState, jax.stages
         return state, _jit_train_step(config, mesh, shardings(mesh, abstract)).trace(state, windows)
 
 
+def splits_of(config: Config, mesh: Mesh) -> int:
+    """Into how many parts a CPU takes each micro-step, so that activations stay in its cache; 1 elsewhere.
+
+    6 layers, width 384, 64 x 256 tokens on two cores: 18.9 s in one part, 8.3 s in eight.
+    """
+    rows = config.train.batch_size // config.train.accumulate
+    n_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if mesh.devices.flat[0].platform != "cpu":
+        return 1
+    enough = [n for n in range(1, rows // n_devices + 1) if rows % (n * n_devices) == 0]
+    small = [n for n in enough if rows // n * config.model.block_size <= CACHED_TOKENS]
+    return small[0] if small else enough[-1]
+
+
 def _jit_train_step(config: Config, mesh: Mesh, split: Any) -> Any:
     return jax.jit(
-        partial(train_step, config),
+        partial(train_step, config, splits=splits_of(config, mesh)),
         in_shardings=(split, batch_sharding(mesh)),
         out_shardings=(split, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,

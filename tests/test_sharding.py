@@ -11,12 +11,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gptjax import training
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.model import GPT
 from gptjax.sharding import batch_sharding, gathered, make_mesh
-from gptjax.training import Steps, TrainState, compile_steps, loss_sum
+from gptjax.training import Steps, TrainState, compile_steps, loss_sum, splits_of
 
 CONFIG = Config(
     model=ModelConfig(
@@ -184,6 +185,18 @@ def test_accumulated_micro_batches_are_one_large_batch(train, assert_trees_close
     whole = replace(CONFIG, model=replace(CONFIG.model, dropout=0.0))  # micro-steps draw masks of their own
     parts = replace(whole, train=replace(whole.train, accumulate=4))
     assert_same_training(train(parts, MESHES["2x2x2"]), train(whole, ONE_DEVICE), assert_trees_close)
+
+
+def test_a_cpu_takes_a_large_batch_in_parts_and_trains_the_same(train, monkeypatch, assert_trees_close):
+    whole = replace(CONFIG, model=replace(CONFIG.model, dropout=0.0))
+    expected = train(whole, ONE_DEVICE)
+    monkeypatch.setattr(training, "CACHED_TOKENS", 10 * whole.model.block_size)
+    mesh = mesh_of(MESHES["2x2x2"])
+    assert splits_of(whole, mesh) == 4  # of 32 windows, 8 at a time: the most that 10 hold and that 4 devices share
+    assert splits_of(replace(whole, train=replace(whole.train, accumulate=2)), mesh) == 2
+    assert splits_of(replace(whole, train=replace(whole.train, batch_size=4)), mesh) == 1
+    parts = replace(whole, train=replace(whole.train, save_interval=7))  # for the fixture another run
+    assert_same_training(train(parts, MESHES["2x2x2"]), expected, assert_trees_close)
 
 
 @pytest.mark.slow
