@@ -97,6 +97,8 @@ def main(argv: Sequence[str]) -> None:
     [arguments] = parser.parse(argv, Arguments())
     model = _load(arguments.run or str(newest_run()), arguments)
     draft = _load(arguments.draft, arguments) if arguments.draft else None
+    if draft:
+        model.require_same_tokens(draft)
     chat(model, draft, arguments) if arguments.chat else complete(model, draft, arguments)
 
 

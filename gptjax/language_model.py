@@ -151,8 +151,7 @@ class LanguageModel:
         if draft is None:
             chunks = generate(self.config, self.params, prompts, max_new_tokens, sampling, seeds, memory)
         else:
-            if draft.tokenizer.vocabulary != self.tokenizer.vocabulary:
-                raise UserError(f"{draft.name} cannot guess for {self.name}: they have different tokens")
+            self.require_same_tokens(draft)
             own, guesses = [Decoder(model.config, model.params) for model in (self, draft)]
             chunks = speculate(own, guesses, prompts[0], max_new_tokens, sampling, seeds[0])
         for chunk in chunks:
@@ -164,6 +163,11 @@ class LanguageModel:
         for row in rows:
             row.finish(stop)
         yield [row.answer for row in rows]
+
+    def require_same_tokens(self, draft: "LanguageModel") -> None:
+        """Raise `UserError` where a draft's ids mean something else."""
+        if draft.tokenizer.vocabulary() != self.tokenizer.vocabulary():
+            raise UserError(f"draft={draft.name} cannot guess for {self.name}: they have different tokens")
 
     def score(self, texts: Sequence[tuple[Ids, Ids]]) -> list[tuple[Float[np.ndarray, " T"], Bool[np.ndarray, " T"]]]:
         """For each (context, continuation): log-probabilities in nats of the continuation's tokens, and which of them

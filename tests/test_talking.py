@@ -366,6 +366,33 @@ def test_the_system_is_told_first(talk, instruct):
     assert texts != anew(instruct, QUESTIONS[:2], temperature=0.0)[0]
 
 
+def test_a_draft_changes_no_greedy_text(write, talk, base, instruct):
+    options = ["--prompt", "To be", "--temperature", 0, "--max_new_tokens", 50]
+    assert write(base, *options, "--draft", instruct) == write(base, *options)
+    assert talk(instruct, QUESTIONS[:2], *BRIEFLY, "--draft", base) == talk(instruct, QUESTIONS[:2], *BRIEFLY)
+
+
+def test_a_draft_of_other_tokens_is_refused_before_a_word_is_said(sample, base, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    spec = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = spec["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="draft=other cannot guess for base: they have different tokens"):
+        sample.main(["--run", str(base), "--prompt", "To be", "--draft", str(other)])
+    assert capsys.readouterr().out == ""
+
+
+def test_int8_says_much_the_same(write, base):
+    options = ["--prompt", "To be", "--temperature", 0, "--max_new_tokens", 30, "--log_probs"]
+    exact, rounded = [
+        [float(line.split()[0]) for line in write(base, *options, *more).splitlines()]
+        for more in ([], ["--dtype", "int8"])
+    ]
+    assert exact != rounded and abs(exact[0] - rounded[0]) < 0.1
+
+
 def test_the_end_of_input_ends_it(talk, instruct, monkeypatch):
     texts, _ = anew(instruct, QUESTIONS[:1], temperature=0.0)
     assert talk(instruct, [f" {QUESTIONS[0]} ", "  ", "more"], *BRIEFLY) == texts[0]
@@ -407,6 +434,9 @@ def test_a_base_model_holds_no_conversation(talk, base):
         ("--system brief", "system='brief' is for --chat"),
         ("--temprature 1", "did you mean --temperature?"),
         ("--run nowhere/at/all", "'nowhere/at/all' does not exist"),
+        ("--draft somewhere --num_samples 2", "draft='somewhere' guesses for one sample of one prompt"),
+        ("--draft somewhere --context exact", "draft='somewhere' guesses for one sample of one prompt"),
+        ("--draft nowhere/at/all", "'nowhere/at/all' does not exist"),
     ],
 )
 def test_a_mistake_is_one_line(sample, base, arguments, words):
