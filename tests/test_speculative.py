@@ -38,7 +38,11 @@ def probabilities(decoder, tokens, sampling):
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(), Sampling(temperature=0.6, top_k=5), Sampling(top_p=0.8, repetition_penalty=1.7)],
+    [
+        pytest.param(Sampling(), marks=pytest.mark.slow),
+        pytest.param(Sampling(temperature=0.6, top_k=5), marks=pytest.mark.slow),
+        Sampling(top_p=0.8, repetition_penalty=1.7),
+    ],
     ids=["plain", "top_k", "penalty"],
 )
 def test_what_is_drawn_has_the_large_models_distribution(decoders, sampling):

@@ -75,7 +75,13 @@ def test_loss_and_every_gradient(case, assert_trees_close):
 
 @pytest.mark.parametrize(
     ("grad_clip", "accumulate"),
-    [(0.25, 1), (0.25, 4), (100.0, 1), (100.0, 4), (0.0, 1)],
+    [
+        (0.25, 1),
+        (0.25, 4),
+        pytest.param(100.0, 1, marks=pytest.mark.slow),
+        pytest.param(100.0, 4, marks=pytest.mark.slow),
+        (0.0, 1),
+    ],
     ids=["clipped", "clipped-accumulated", "below the limit", "below the limit-accumulated", "no limit"],
 )
 def test_ten_steps_of_adamw(grad_clip, accumulate, scramble, assert_trees_close):
