@@ -17,7 +17,7 @@ Cache = KVCache | tuple[KVCache, ...]  # of all layers, or one of each
 
 
 def lay_out(params: Any) -> Any:
-    """The same parameters, "layers" a tuple of each layer's; layer by layer, so that not all are there twice."""
+    """The same parameters, "layers" a tuple of each layer's, which are copies."""
     layers, n_layer = params["layers"], len(jax.tree.leaves(params["layers"])[0])
     return params | {"layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(n_layer))}
 

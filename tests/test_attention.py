@@ -17,7 +17,7 @@ from gptjax.attention import causal_attention, sequence_attention
     ("kind", "n_head", "n_kv_head", "length", "block"),
     [
         ("splash", 2, 2, 128, 1024),
-        ("splash", 4, 2, 256, 128),
+        pytest.param("splash", 4, 2, 256, 128, marks=pytest.mark.slow),
         ("blockwise", 2, 2, 100, 32),
         ("blockwise", 4, 2, 64, 64),
     ],

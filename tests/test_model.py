@@ -296,7 +296,7 @@ def test_rope_sees_distances_alone():
     ("remat", "layers", "fields"),
     [
         ("dots", "looped", {}),
-        ("full", "looped", SPEEDRUN),
+        pytest.param("full", "looped", SPEEDRUN, marks=pytest.mark.slow),
         pytest.param("full", "looped", {}, marks=pytest.mark.slow),
         pytest.param("dots", "looped", SPEEDRUN, marks=pytest.mark.slow),
         pytest.param("dots", "unrolled", {}, marks=pytest.mark.slow),
