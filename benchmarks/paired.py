@@ -47,9 +47,9 @@ HEADER = "| work | ours | rival | unit | ratio | limit, fraction |\n|---|---|---
 class Contender:
     """A process that does one piece of work each time it is told to: `make(**options)` in it gives that piece."""
 
-    def __init__(self, make: str, python: str | None = None, environment: dict[str, str] | None = None, **options: Any):
+    def __init__(self, make: str, python: str | None = None, **options: Any):
         command = [python or sys.executable, "-m", "benchmarks.paired", make, json.dumps(options)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
         self.facts: dict[str, Any] = self._answer()

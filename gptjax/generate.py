@@ -125,10 +125,8 @@ def decode(
         cache, logits_BV, seen_BV = carry
         token_B = sample_token(logits_BV, seen_BV, _fold(keys_B, index + i), temperature, rules)
         x_B1D, cache = hidden(config, params, token_B[:, None], cache, position_B + i)
-        return (cache, logits(config, params, x_B1D)[:, 0], see(seen_BV, token_B)), (
-            token_B,
-            _log_prob(logits_BV, token_B),
-        )
+        drawn = (token_B, _log_prob(logits_BV, token_B))
+        return (cache, logits(config, params, x_B1D)[:, 0], see(seen_BV, token_B)), drawn
 
     (cache, logits_BV, seen_BV), (tokens_CB, log_probs_CB) = jax.lax.scan(
         one_token, (cache, logits_BV, seen_BV), jnp.arange(CHUNK)

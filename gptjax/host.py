@@ -6,8 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-import jax
-
 M_TOP_PAD, M_MMAP_THRESHOLD = -2, -3  # of glibc's malloc.h
 
 
@@ -16,6 +14,8 @@ def use_cores(rows: int, n_devices: int) -> None:
 
     Changes nothing on a machine whose devices are GPUs or TPUs.
     """
+    import jax
+
     n_even = max(n for n in range(1, n_cores() + 1) if rows % n == 0)
     jax.config.update("jax_num_cpu_devices", n_devices or n_even)
     prepare()
@@ -38,6 +38,8 @@ def keep_compiled_programs() -> None:
     They lie in JAX_COMPILATION_CACHE_DIR or in ~/.cache/gptjax/xla (XDG_CACHE_HOME in place of ~/.cache), 2 GiB of them
     at most; with JAX_ENABLE_COMPILATION_CACHE=false, or where that folder cannot be written, none.
     """
+    import jax
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "xla"
         try:

@@ -28,6 +28,7 @@ from gptjax.data import token_files
 from gptjax.data.documents import Document, Part, Unreadable, documents, find_files, parts_of
 from gptjax.data.token_files import MANIFEST, Tokens, dtype_for, replacing, token_writer
 from gptjax.errors import UserError
+from gptjax.host import n_cores
 from gptjax.tokenizer import END_OF_TEXT, Tokenizer, safe_chunks
 
 _VERSION = 1  # of what a shard holds; a new one refuses to go on in a folder of the old
@@ -90,7 +91,7 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
     _begin(folder, config, files, len(parts))
     mine = config.mine(parts)
     missing = {number: part for number, part in mine.items() if not _is_whole(folder, number)}
-    n_workers = min(config.workers or _n_cores(), len(missing))
+    n_workers = min(config.workers or n_cores(), len(missing))
     start = time.perf_counter()
     with contextlib.closing(_run(missing, folder, config, n_workers)) as progress:
         total = _total(_shown(progress, missing).values())
@@ -354,7 +355,3 @@ def _shown(messages: Iterable[tuple[int, Count | None]], parts: dict[int, Part])
 
 def _total(counts: Iterable[Count]) -> Count:
     return Count(*map(sum, zip(*counts, strict=True)))
-
-
-def _n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
