@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gptjax.sharding import BATCH_AXES
+from gptjax.sharding import BATCH_AXES, mesh_in_use
 
 SPLASH_BLOCK = 1024  # queries and keys in a block of the TPU kernel, at most
 BLOCK = 256  # the same of blockwise attention
@@ -58,7 +58,7 @@ def sequence_attention(
     the kernels know nothing of a mesh.
     """
     kernel = {"blockwise": _blockwise, "splash": _splash, "cudnn": _cudnn}[kind]
-    if jax.sharding.get_abstract_mesh().empty:
+    if mesh_in_use().empty:
         return kernel(q_BTNH, k_BTKH, v_BTKH, document_BT)
     split, rows = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES)
     return jax.shard_map(kernel, in_specs=(split, split, split, rows), out_specs=split, check_vma=False)(

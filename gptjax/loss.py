@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gptjax.sharding import BATCH_AXES
+from gptjax.sharding import BATCH_AXES, mesh_in_use
 
 PIECE_BYTES = 256 << 20  # of float32 logits on one device
 
 
 def pieces_of(batch_size: int, length: int, vocab_size: int) -> int:
     """Into how many pieces to split `length` so that each has at most PIECE_BYTES of logits on a device of the mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_in_use()
     n_devices = 1 if mesh.empty else mesh.size
     n, limit = 1, max(1, PIECE_BYTES * n_devices // (4 * batch_size * vocab_size))
     while length // n > limit and length % (2 * n) == 0:
@@ -68,7 +68,7 @@ def _on_mesh(
     Of the head's gradient a device keeps the part that it has of the head.
     """
     scan = partial(_scan, vocab_size=vocab_size, n_pieces=n_pieces, logit_cap=logit_cap, with_gradient=with_gradient)
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_in_use()
     if mesh.empty:
         return scan(x_BTD, head_VD, targets_BT)
     split = head_VD.shape[0] % mesh.shape["tensor"] == 0  # a small vocabulary may be whole on each device

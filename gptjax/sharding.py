@@ -122,6 +122,13 @@ def one_device() -> Mesh:
     return jax.make_mesh((1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.local_devices()[:1])
 
 
+def mesh_in_use() -> jax.sharding.AbstractMesh:
+    """The mesh that arrays are split over here; the empty one where there is none, and in one device's part of a
+    computation, where arrays are that device's alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.sharding.AbstractMesh((), ()) if mesh.manual_axes else mesh
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of a batch [accumulate, B, T]: B is split."""
     return NamedSharding(mesh, P(None, BATCH_AXES))
@@ -164,7 +171,7 @@ def _spec(weight: jax.Array, name: str) -> tuple[Any, ...]:
 
 def by_layer(stacked: jax.Array) -> jax.Array:
     """The layers of a stack split over as many axes of the mesh as divide their number, each layer's array whole."""
-    mesh, axes, n_parts = jax.sharding.get_abstract_mesh(), list[str](), 1
+    mesh, axes, n_parts = mesh_in_use(), list[str](), 1
     for axis in AXES if not mesh.empty else ():
         if len(stacked) % (n_parts * mesh.shape[axis]) == 0:
             axes, n_parts = [*axes, axis], n_parts * mesh.shape[axis]
@@ -173,7 +180,7 @@ def by_layer(stacked: jax.Array) -> jax.Array:
 
 def _constrain(x: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
     """with_sharding_constraint on the mesh in use, if there is one; an axis that does not split evenly stays whole."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_in_use()
     if mesh.empty:
         return x
     split = [

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -18,7 +19,14 @@ from gptjax.config import Config
 from gptjax.loss import cross_entropy_sum, pieces_of
 from gptjax.model import GPT
 from gptjax.optimizer import freeze, make_optimizer, make_schedule
-from gptjax.sharding import BATCH_AXES, batch_sharding, require_divisible, shardings, with_shardings
+from gptjax.sharding import (
+    BATCH_AXES,
+    batch_sharding,
+    mesh_in_use,
+    require_divisible,
+    shardings,
+    with_shardings,
+)
 
 CACHED_TOKENS = 2048  # of a micro-step on a CPU
 
@@ -68,21 +76,46 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def train_step(
-    config: Config, state: TrainState, windows_ABW: Int[Array, "A B W"], splits: int = 1
+    config: Config, state: TrainState, windows_ABW: Int[Array, "A B W"], splits: int = 1, apart: bool = False
 ) -> tuple[TrainState, Any]:
     """One optimizer step on the mean loss over all A x B windows; A micro-steps bound the memory, `splits` of each the
     working set.
 
-    Dropout is keyed by (train.seed, step, micro-step), so the step is a function of state and batch alone.
+    Dropout is keyed by (train.seed, step, micro-step), so the step is a function of state and batch alone. `apart`:
+    each device takes the gradient of its own rows, and one sum in one array follows.
     """
-    model, optimizer = GPT(config.model), _optimizer(config)
-    if splits > 1:
-        A, B, W = windows_ABW.shape
-        windows_ABW = jax.lax.with_sharding_constraint(
-            windows_ABW.reshape(A * splits, B // splits, W), PartitionSpec(None, BATCH_AXES)
-        )
-    key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     n_targets = windows_ABW.size // windows_ABW.shape[-1] * (windows_ABW.shape[-1] - 1)
+    key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    if apart:
+
+        def own(params: Any, windows_ABW: jax.Array) -> Any:
+            flat, tree = ravel_pytree(gradient(config, params, windows_ABW, n_targets, key, splits))
+            return tree(jax.lax.psum(flat, "data"))
+
+        split = (PartitionSpec(), PartitionSpec(None, "data"))
+        loss, grads = jax.shard_map(own, in_specs=split, out_specs=PartitionSpec(), check_vma=False)(
+            state.params, windows_ABW
+        )
+    else:
+        loss, grads = gradient(config, state.params, windows_ABW, n_targets, key, splits)
+    updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
+    metrics = {
+        "train_loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": make_schedule(config.optimizer, config.train.max_steps)(state.step),
+    }
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def gradient(
+    config: Config, params: Any, windows_ABW: Int[Array, "A B W"], n_targets: int, key: Any, splits: int
+) -> tuple[Float[Array, ""], Any]:
+    """Nats of the windows, summed and divided by n_targets, and their gradient; a micro-step's at a time."""
+    model, (A, B, W) = GPT(config.model), windows_ABW.shape
+    if splits > 1:
+        windows_ABW = windows_ABW.reshape(A * splits, B // splits, W)
+        if not mesh_in_use().empty:
+            windows_ABW = jax.lax.with_sharding_constraint(windows_ABW, PartitionSpec(None, BATCH_AXES))
 
     def micro_loss(params: Any, windows_BW: jax.Array, micro: jax.Array) -> jax.Array:
         rngs = {"dropout": jax.random.fold_in(key, micro)} if config.model.dropout else None
@@ -90,21 +123,14 @@ def train_step(
             params = freeze(params)
         return loss_sum(model, params, windows_BW, rngs)[0] / n_targets
 
-    def accumulate(total: Any, micro: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(state.params, *micro)), None
-
     if len(windows_ABW) == 1:
-        loss, grads = jax.value_and_grad(micro_loss)(state.params, windows_ABW[0], jnp.zeros((), jnp.int32))
-    else:
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, grads), _ = jax.lax.scan(accumulate, zero, (windows_ABW, jnp.arange(len(windows_ABW))))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {
-        "train_loss": loss,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": make_schedule(config.optimizer, config.train.max_steps)(state.step),
-    }
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return jax.value_and_grad(micro_loss)(params, windows_ABW[0], jnp.zeros((), jnp.int32))
+
+    def accumulate(total: Any, micro: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(params, *micro)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(accumulate, zero, (windows_ABW, jnp.arange(len(windows_ABW))))[0]
 
 
 def eval_step(config: Config, params: Any, windows_ABW: Int[Array, "1 B W"]) -> Float[Array, "2"]:
@@ -149,8 +175,10 @@ def splits_of(config: Config, mesh: Mesh) -> int:
 
 
 def _jit_train_step(config: Config, mesh: Mesh, split: Any) -> Any:
+    on_cpu, only_data = mesh.devices.flat[0].platform == "cpu", mesh.size == mesh.shape["data"] > 1
+    apart = on_cpu and only_data and not config.model.dropout
     return jax.jit(
-        partial(train_step, config, splits=splits_of(config, mesh)),
+        partial(train_step, config, splits=splits_of(config, mesh), apart=apart),
         in_shardings=(split, batch_sharding(mesh)),
         out_shardings=(split, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
