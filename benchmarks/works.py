@@ -142,13 +142,14 @@ def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
     from gptjax.decoder import lay_out
     from gptjax.families import draw_params
     from gptjax.generate import Sampling, generate
-    from gptjax.int8 import quantize
+    from gptjax.matrices import quantize
 
-    params = lay_out(jax.jit(lambda: draw_params(config, 0))())
+    params = jax.jit(lambda: draw_params(config, 0))()
     if dtype == "bfloat16":
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     elif dtype == "int8":
         params = quantize(params)
+    params = lay_out(params)
     prompts, seeds = [np.array([1], np.int32)] * streams, list(range(streams))
 
     def run() -> float:

@@ -17,7 +17,7 @@ from gptjax.decoder import hidden, lay_out, logits
 from gptjax.errors import UserError
 from gptjax.families import draw_params, read_json
 from gptjax.generate import Ids, Memory, Sampling, generate
-from gptjax.int8 import Int8, quantize
+from gptjax.matrices import MATRICES, quantize
 from gptjax.pretrained import load_params, locate, merge_lora, open_weights, tokenizer_of
 from gptjax.run import holds_run, load_run, trained_tokens
 from gptjax.sharding import one_device, with_shardings
@@ -102,8 +102,8 @@ class LanguageModel:
         """Trained numbers: the padding of the vocabulary is none."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
         padded = 1 if self.config.tied_head else 2
-        leaves = jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, Int8))
-        weights = sum((leaf.weights if isinstance(leaf, Int8) else leaf).size for leaf in leaves)
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, MATRICES))
+        weights = sum((leaf.weights if isinstance(leaf, MATRICES) else leaf).size for leaf in leaves)
         return weights - padded * padding * self.config.n_embd
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> Ids:

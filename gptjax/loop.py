@@ -29,6 +29,8 @@ from gptjax.run import flat, load_run, require_resumable, write_atomically
 from gptjax.sharding import AXES, batch_sharding, make_mesh, memory
 from gptjax.training import Steps, TrainState, compile_steps, state_bytes
 
+FIRST_BATCHES = 4  # of the evaluation before the first step of random weights
+
 
 @dataclass
 class Progress:
@@ -83,7 +85,7 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
         distributed.require_same("checkpoints", {"resume": resume, "latest": latest.step, "best": best.step})
         if not resume:
             best.drop_after(-1)  # of a run that was killed before it saved its state
-        run = Run(config, run_dir, dataset, mesh, compile_steps(config, mesh), latest, best)
+        run = Run(config, run_dir, dataset, mesh, compile_steps(config, mesh, ahead=True), latest, best)
         stop = stack.enter_context(StopSignal(mesh))
         state, progress = _resume(run) if resume else (_start(run, origin), Progress(dataset.fingerprint()))
         origin = None  # or its parameters would stay
@@ -135,7 +137,9 @@ def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics)
     """Validate, keep the parameters if they are the best so far, redraw loss.png; whether patience has run out."""
     metrics.flush()
     with metrics.pause("evaluating"):
-        val_loss, step = validation_loss(run, state.params), metrics.step
+        step, options = metrics.step, run.config.train
+        first = step == 0 and run.config.init_from is None  # random weights know nothing of any part of the split
+        val_loss = validation_loss(run, state.params, FIRST_BATCHES if first else None)
     metrics.row(val_loss)
     with metrics.pause("drawing"):
         better = val_loss < progress.best_val_loss
@@ -143,9 +147,8 @@ def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics)
             progress.best_step, progress.best_val_loss = step, val_loss
             run.best.save(step, asdict(progress), params=state.params)
         metrics.print(f"step {step:,}: validation loss {val_loss:.4f}" + (", the best so far" if better else ""))
-        if distributed.is_first():
+        if distributed.is_first() and step:
             report.plot_losses(run.folder / "metrics.csv", run.folder / "loss.png", title=run.folder.name)
-    options = run.config.train
     return bool(options.patience) and step - progress.best_step >= options.patience * options.eval_interval
 
 
@@ -156,13 +159,13 @@ def _save(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> 
         run.latest.save(metrics.step, asdict(progress), params=state.params, opt_state=state.opt_state)
 
 
-def validation_loss(run: Run, params: Any) -> float:
-    """Mean nats per token: over eval_batches batches spread evenly, or over all of the split, each token once."""
+def validation_loss(run: Run, params: Any, n_batches: int | None = None) -> float:
+    """Mean nats per token: over n_batches (none: eval_batches) spread evenly, 0: over the split, each token once."""
     tokens, options, block_size = run.dataset.val, run.config.train, run.config.model.block_size
-    rows = options.batch_size // options.accumulate
+    rows, n_batches = options.batch_size // options.accumulate, options.eval_batches if n_batches is None else n_batches
     starts = batches.sequential_starts(len(tokens), block_size)
-    if 0 < options.eval_batches * options.batch_size < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, options.eval_batches * options.batch_size).astype(int)]
+    if 0 < n_batches * options.batch_size < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, n_batches * options.batch_size).astype(int)]
     starts = np.append(starts, np.full(-len(starts) % rows, len(tokens)))  # windows past the end: nothing counts
 
     def put(i: int) -> jax.Array:
@@ -266,7 +269,7 @@ def _introduce(run: Run, step: int) -> tuple[float, float]:
     peak = known.flops * len(devices) if known else math.nan
     if devices[0].platform == "cpu":
         local = [device for device in devices if device.process_index == distributed.index()]
-        peak = flops.measured_matmul_peak(local, model.dtype) * len(devices) / len(local)
+        peak = flops.measured_matmul_peak(local, model.dtype, seconds=0.1) * len(devices) / len(local)
     per_step = flops_per_token * run.config.train.batch_size * model.block_size
     print(f"run:     {run.folder}" + (f", resumed at step {step:,}" if step else ""))
     print(

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gptjax import int8
+from gptjax import matrices
 from gptjax.attention import causal_attention, sequence_attention
 from gptjax.config import ModelConfig
-from gptjax.int8 import Int8
+from gptjax.matrices import MATRICES, Int8
 from gptjax.sharding import constrain, gathered
 
 INIT_STD = 0.02  # GPT-2's code; section 2.3 of its paper adds 1/sqrt(number of residual branches)
@@ -66,8 +66,8 @@ class Linear(nn.Module):
         # which took a quarter of a step.
         rows = x.reshape(-1, n_in).astype(dtype)
         kernel: Any = self.get_variable("params", "kernel")
-        if isinstance(kernel, Int8):
-            y = int8.product(rows, kernel).astype(dtype)
+        if isinstance(kernel, MATRICES):
+            y = matrices.product(rows, kernel).astype(dtype)
         else:
             kernel = self.param("kernel", init, (*in_shape, *self.features))
             kernel = gathered(kernel.astype(dtype), "/".join((*self.path, "kernel")))
@@ -209,7 +209,7 @@ class GPT(nn.Module):
         if offset_B is not None:
             position_bT = position_bT + offset_B[:, None]
         if isinstance(self.token_embedding, Int8):
-            x_BTD = int8.rows(self.token_embedding, tokens_BT)
+            x_BTD = matrices.rows(self.token_embedding, tokens_BT)
         else:
             x_BTD = jnp.take(gathered(self.token_embedding, "token_embedding"), tokens_BT, axis=0)
         if self.config.position == "learned" and offset_B is None:
@@ -242,7 +242,7 @@ class GPT(nn.Module):
         tree = {"token_embedding": self.token_embedding} if self.config.tied_head else {"head": self.head}
         [table] = tree.values()
         if isinstance(table, Int8):
-            logits_BTV = int8.product(x_BTD, table)
+            logits_BTV = matrices.product(x_BTD, table)
         else:
             head_VD = self.head_of(tree)
             logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import int8
+from gptjax import matrices
 from gptjax.config import ModelConfig
 from gptjax.decoder import hidden, lay_out, logits
 from gptjax.generate import Memory, Sampling, generate
-from gptjax.int8 import Int8, quantize
+from gptjax.matrices import Int8, quantize
 from gptjax.model import GPT
 
 GPT2 = ModelConfig(vocab_size=61, block_size=40, n_layer=3, n_head=2, n_embd=16, bias=True, dtype="float32")
@@ -52,7 +52,7 @@ def test_a_memory_serves_laid_out_parameters_too(scramble):
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_int8_is_each_weight_to_a_127th_of_its_outputs_largest(scramble, config, laid_out):
     params = scramble(config)
-    tree = quantize(lay_out(params) if laid_out else params)
+    tree = lay_out(quantize(params)) if laid_out else quantize(params)
     rounded = jax.tree.map(_float, tree, is_leaf=lambda leaf: isinstance(leaf, Int8))
     kernel = params["layers"]["attention"]["out"]["kernel"][1]  # [heads, width, D]
     kernel = np.asarray(kernel).reshape(-1, config.n_embd).T
@@ -73,12 +73,12 @@ def _float(leaf):
 
 @pytest.mark.parametrize("part", [1 << 20, 64, 16])
 def test_a_product_in_parts_is_the_product(monkeypatch, part):
-    monkeypatch.setattr(int8, "PART", part)
+    monkeypatch.setattr(matrices, "PART", part)
     rng = np.random.default_rng(0)
     matrix = Int8(jnp.asarray(rng.integers(-127, 128, (24, 16), np.int8)), jnp.asarray(rng.random(24, np.float32)))
     x = rng.normal(size=(2, 3, 16)).astype(np.float32)
     expected = x @ (np.asarray(matrix.weights, np.float32) * np.asarray(matrix.scale)[:, None]).T
-    np.testing.assert_allclose(int8.product(jnp.asarray(x), matrix), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(matrices.product(jnp.asarray(x), matrix), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_output_of_zeros_stays_zero():

@@ -1,4 +1,4 @@
-"""Matrices of a byte a weight, for sampling: each output's weights are a multiple of its own float32 scale."""
+"""Matrices as sampling reads them: by outputs, each output's weights in a row, as they are or in int8."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-PART = 1 << 20  # weights that are converted at a time on a CPU: as float32 they stay in its cache
+PART = 1 << 20  # int8 weights that are converted at a time on a CPU: as float32 they stay in its cache
+
+
+class Transposed(NamedTuple):
+    """[outputs, inputs]: what a CPU reads at the rate of its memory when it multiplies one row by it."""
+
+    weights: jax.Array
 
 
 class Int8(NamedTuple):
@@ -17,19 +23,33 @@ class Int8(NamedTuple):
     scale: jax.Array
 
 
+MATRICES = (Transposed, Int8)
+
+
+def transpose(layer: Any) -> Any:
+    """One layer's parameters with `Transposed` kernels; what is `Int8` is so already."""
+
+    def convert(path: tuple[Any, ...], leaf: Any) -> Any:
+        is_kernel = not isinstance(leaf, Int8) and path[-1].key == "kernel"
+        return Transposed(by_outputs(path, leaf)) if is_kernel else leaf
+
+    return jax.tree_util.tree_map_with_path(convert, layer, is_leaf=lambda leaf: isinstance(leaf, Int8))
+
+
+def by_outputs(path: tuple[Any, ...], kernel: jax.Array, n_layers: int = 0) -> jax.Array:
+    """A kernel of the model as [outputs, inputs], behind so many axes of layers."""
+    layers, n_in = kernel.shape[:n_layers], 2 if path[-2].key == "out" else 1  # heads and their width
+    inputs = math.prod(kernel.shape[n_layers : n_layers + n_in])
+    return kernel.reshape(*layers, inputs, -1).swapaxes(-1, -2)
+
+
 def quantize(params: Any) -> Any:
     """Matrices, embedding and head as `Int8`; an output's largest weight becomes 127. All else stays as it is."""
-    n_stacked = 0 if isinstance(params["layers"], tuple) else 1
 
     def convert(path: tuple[Any, ...], weights: jax.Array) -> Any:
-        keys = [getattr(key, "key", None) for key in path]
-        if keys[-1] in ("token_embedding", "head"):
+        if path[-1].key in ("token_embedding", "head"):
             return _rounded(weights)
-        if keys[-1] != "kernel":
-            return weights
-        layers, n_in = weights.shape[:n_stacked], 2 if keys[-2] == "out" else 1  # heads and their width
-        inputs = math.prod(weights.shape[n_stacked : n_stacked + n_in])
-        return _rounded(weights.reshape(*layers, inputs, -1).swapaxes(-1, -2))
+        return _rounded(by_outputs(path, weights, n_layers=1)) if path[-1].key == "kernel" else weights
 
     return jax.tree_util.tree_map_with_path(convert, params)
 
@@ -46,11 +66,11 @@ def rows(matrix: Int8, index_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     return jnp.take(matrix.weights, index_BT, axis=0) * jnp.take(matrix.scale, index_BT, axis=0)[..., None]
 
 
-def product(x: Float[Array, "*rows D"], matrix: Int8) -> Float[Array, "*rows F"]:
-    """x @ weightsᵀ scale, in float32.
+def product(x: Float[Array, "*rows D"], matrix: Transposed | Int8) -> Float[Array, "*rows F"]:
+    """x @ weightsᵀ, of `Int8` times its scale, in float32.
 
-    On a CPU in parts, one after the other: of a whole matrix in one XLA would keep the converted weights, four times
-    as many bytes, and read those for every token.
+    Int8 on a CPU in parts, one after the other: of a whole matrix in one XLA would keep the converted weights, four
+    times as many bytes, and read those for every token.
     """
 
     def whole(weights: jax.Array) -> jax.Array:
@@ -64,5 +84,7 @@ def product(x: Float[Array, "*rows D"], matrix: Int8) -> Float[Array, "*rows F"]
         parts = jax.lax.map(whole, weights.reshape(n, -1, n_in))
         return jnp.moveaxis(parts, 0, -2).reshape(*x.shape[:-1], n_out)
 
+    if isinstance(matrix, Transposed):
+        return whole(matrix.weights)
     product = jax.lax.platform_dependent(matrix.weights, cpu=in_parts, default=whole)
     return product * matrix.scale.reshape((1,) * (x.ndim - 1) + (-1,))
