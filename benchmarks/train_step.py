@@ -14,13 +14,12 @@ def main() -> None:
     options = parser(__doc__, WORKS)
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our activations")
     options.add_argument("--rival_dtype", choices=("float32", "bfloat16"), default="float32", help="nanoGPT's on CPUs")
-    options.add_argument("--accumulate", type=int, default=1, help="micro-steps of our step")
     arguments = options.parse_args()
     for i, work in enumerate(arguments.works):
         rival = partial(Contender, "works:torch_step", arguments.rival_python, work=work, dtype=arguments.rival_dtype)
         ours, compiled, eager, peak = in_turn(
             [
-                partial(Contender, "works:our_step", work=work, dtype=arguments.dtype, accumulate=arguments.accumulate),
+                partial(Contender, "works:our_step", work=work, dtype=arguments.dtype),
                 partial(rival, compiled=True),
                 partial(rival, compiled=False),
                 partial(Contender, "works:our_matmul", dtype=arguments.dtype),

@@ -44,21 +44,21 @@ def _windows(config: Config) -> np.ndarray:
     return np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
 
 
-def our_step(work: str, dtype: str, accumulate: int = 1) -> Work:
+def our_step(work: str, dtype: str) -> Work:
     """The step that train.py compiles, on as many CPU devices as there are cores."""
     config = config_of(work)
-    model, options = replace(config.model, dtype=dtype), replace(config.train, accumulate=accumulate)
-    config = replace(config, model=model, train=options)
+    model = replace(config.model, dtype=dtype)
+    config = replace(config, model=model)
     from gptjax.host import use_cores
 
-    use_cores(config.train.batch_size // accumulate, 0)
+    use_cores(config.train.batch_size, 0)
     import jax
 
     from gptjax import flops
     from gptjax.sharding import batch_sharding, make_mesh
     from gptjax.training import compile_steps
 
-    mesh = make_mesh(config.mesh, config.train.batch_size // accumulate)
+    mesh = make_mesh(config.mesh, config.train.batch_size)
     steps = compile_steps(config, mesh)
     state = steps.init()
     n_matmul_params = flops.matmul_params(state.params)
@@ -68,8 +68,7 @@ def our_step(work: str, dtype: str, accumulate: int = 1) -> Work:
         n_embd=model.n_embd,
         block_size=model.block_size,
     )
-    windows = _windows(config)
-    windows_ABW = jax.device_put(windows.reshape(accumulate, -1, windows.shape[1]), batch_sharding(mesh))
+    windows_ABW = jax.device_put(_windows(config)[None], batch_sharding(mesh))
 
     def step() -> None:
         nonlocal state

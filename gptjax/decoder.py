@@ -19,11 +19,18 @@ Cache = KVCache | tuple[KVCache, ...]  # of all layers, or one of each
 
 
 def lay_out(params: Any) -> Any:
-    """The same parameters, "layers" a tuple of each layer's, which are copies, matrices `Transposed`."""
+    """The same parameters, "layers" a tuple of each layer's, which are copies: matrices `Transposed`, and those of
+    queries, keys and values one below the other in one."""
     layers, n_layer = params["layers"], len(jax.tree.leaves(params["layers"])[0])
-    return params | {
-        "layers": tuple(transpose(jax.tree.map(lambda leaf, i=i: leaf[i], layers)) for i in range(n_layer))
-    }
+    each = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(n_layer)]
+    return params | {"layers": tuple(_join(transpose(layer)) for layer in each)}
+
+
+def _join(layer: Any) -> Any:
+    attention = dict(layer["attention"])
+    parts = [attention.pop(name) for name in ("query", "key", "value")]
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return layer | {"attention": attention | {"query_key_value": joined}}
 
 
 def init_cache(config: ModelConfig, params: Any, batch_size: int, length: int) -> Cache:

@@ -3,7 +3,7 @@
 Nothing here knows of devices, but for the names of the axes that are split. Every local array carries its shape in
 its name:
     B batch (b: B, or 1 where rows are alike)    T query length    S key length    D model width    L layers
-    N heads    K key/value heads    H head width    F MLP width    R rank of LoRA    V vocabulary (padded)
+    N heads    K key/value heads    M N + 2 K    H head width    F MLP width    R rank of LoRA    V vocabulary (padded)
 """
 
 import math
@@ -93,9 +93,14 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         bias = config.bias or config.qkv_bias
-        q_BTNH = Linear(config, (config.n_head, config.head_width), use_bias=bias, name="query")(x_BTD)
-        k_BSKH = Linear(config, (config.kv_heads, config.head_width), use_bias=bias, name="key")(x_BTD)
-        v_BSKH = Linear(config, (config.kv_heads, config.head_width), use_bias=bias, name="value")(x_BTD)
+        N, K, H = config.n_head, config.kv_heads, config.head_width
+        if self.has_variable("params", "query_key_value"):  # laid out for sampling: one product is faster than three
+            all_BTMH = Linear(config, (N + 2 * K, H), use_bias=bias, name="query_key_value")(x_BTD)
+            q_BTNH, k_BSKH, v_BSKH = jnp.split(all_BTMH, [N, N + K], axis=2)
+        else:
+            q_BTNH = Linear(config, (N, H), use_bias=bias, name="query")(x_BTD)
+            k_BSKH = Linear(config, (K, H), use_bias=bias, name="key")(x_BTD)
+            v_BSKH = Linear(config, (K, H), use_bias=bias, name="value")(x_BTD)
         if config.qk_norm:  # without weights, as in modded-nanoGPT, and so the same before the rotation as after it
             q_BTNH, k_BSKH = _rms_norm(config, "query_norm")(q_BTNH), _rms_norm(config, "key_norm")(k_BSKH)
         if config.position == "rope":

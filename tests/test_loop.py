@@ -1,12 +1,14 @@
 """The loop: exact evaluation, best and latest, early stopping, divergence, resumption on other devices."""
 
 import dataclasses
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax import loop
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.data.prepare import load_dataset
 from gptjax.errors import UserError
@@ -66,6 +68,25 @@ def test_a_part_of_the_split_is_spread_over_it_and_the_same_each_time(data):
     whole = run._replace(config=with_train(run.config, eval_batches=0))
     assert validation_loss(run, params) != validation_loss(whole, params)
     np.testing.assert_allclose(validation_loss(run, params), validation_loss(whole, params), rtol=0.05)
+
+
+def test_before_the_first_step_a_few_batches_are_enough(data, tmp_path, monkeypatch):
+    """Of random weights; those that a run starts from know the split, and are evaluated on all of it."""
+    monkeypatch.setattr(loop, "FIRST_BATCHES", 2)
+    config = with_train(config_with(data), max_steps=1)
+    assert train(config, tmp_path / "run", resume=False) == 0
+    first = read_metrics(tmp_path / "run" / "metrics.csv")["val_loss"][0]
+    run = run_of(config)
+    params = run.steps.init().params
+    np.testing.assert_allclose(first, validation_loss(run, params, n_batches=2), rtol=1e-6)
+    assert validation_loss(run, params) != validation_loss(run, params, n_batches=2)
+    origin = replace(config, init_from=str(tmp_path / "run"))
+    assert train(origin, tmp_path / "tuned", resume=False) == 0
+    first = read_metrics(tmp_path / "tuned" / "metrics.csv")["val_loss"][0]
+    params = load_run(tmp_path / "run", "best")[1]
+    np.testing.assert_allclose(
+        first, validation_loss(run, jax.device_put(params, run.steps.state.step.sharding)), rtol=1e-5
+    )
 
 
 def test_best_and_latest_are_both_kept_and_an_overfitting_run_can_stop_early(data, tmp_path, capsys):

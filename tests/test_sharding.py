@@ -17,7 +17,7 @@ from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, Trai
 from gptjax.errors import UserError
 from gptjax.model import GPT
 from gptjax.sharding import batch_sharding, gathered, make_mesh
-from gptjax.training import Steps, TrainState, compile_steps, loss_sum, splits_of
+from gptjax.training import Steps, TrainState, compile_steps, loss_sum, splits_of, trace_train_step
 
 CONFIG = Config(
     model=ModelConfig(
@@ -197,6 +197,19 @@ def test_a_cpu_takes_a_large_batch_in_parts_and_trains_the_same(train, monkeypat
     assert splits_of(replace(whole, train=replace(whole.train, batch_size=4)), mesh) == 1
     parts = replace(whole, train=replace(whole.train, save_interval=7))  # for the fixture another run
     assert_same_training(train(parts, MESHES["2x2x2"]), expected, assert_trees_close)
+
+
+def test_cpu_devices_that_take_gradients_apart_train_as_one_does(train, monkeypatch, assert_trees_close):
+    """In parts too; and of all gradients one sum is made, where one of each array would make devices meet as often."""
+    whole, pair = replace(CONFIG, model=replace(CONFIG.model, dropout=0.0)), MeshConfig(data=2)
+    expected = train(whole, ONE_DEVICE)
+    assert_same_training(train(whole, pair), expected, assert_trees_close)
+    program = trace_train_step(whole, mesh_of(pair))[1].lower().as_text()
+    assert program.count("stablehlo.all_reduce") == 1
+    monkeypatch.setattr(training, "CACHED_TOKENS", 10 * whole.model.block_size)
+    parts = replace(whole, train=replace(whole.train, save_interval=7))  # for the fixture another run
+    assert splits_of(parts, mesh_of(pair)) == 4
+    assert_same_training(train(parts, pair), expected, assert_trees_close)
 
 
 @pytest.mark.slow
