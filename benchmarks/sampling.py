@@ -32,7 +32,8 @@ def main() -> None:
         for dtype, mine in zip(arguments.dtypes, done, strict=False):
             limit = 1e3 * mine.facts["bytes"] / 1e9 * min(memory.values) / streams
             for rival, other in zip(rivals, done[len(ours) :], strict=True):
-                title = f"sampling, {work}, {streams} streams, {dtype}, against {rival}'s float32"
+                many = f"{streams} stream{'s' if streams > 1 else ''}"
+                title = f"sampling, {work}, {many}, {dtype}, against {rival}'s float32"
                 results.append(Result.of(title, 1e3 * mine.median, 1e3 * other.median, "ms a token", limit))
         show(results, arguments.json, header=i == 0)
 
