@@ -64,15 +64,15 @@ def train():
     spec.loader.exec_module(script)
     steps = cache(loop.compile_steps)
 
-    def compile_steps(config, mesh):
-        return steps(replace(config, init_from=None, data=DataConfig()), mesh)
+    def compile_steps(config, mesh, ahead):
+        return steps(replace(config, init_from=None, data=DataConfig()), mesh, ahead)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "use_cores", lambda *arguments: None)  # conftest.py has set the devices
         patch.setattr(loop, "_report", lambda *arguments: None)
         patch.setattr(loop, "compile_steps", compile_steps)
         patch.setattr(report, "plot_losses", lambda *arguments, **options: None)
-        patch.setattr(flops, "measured_matmul_peak", lambda *arguments: 1e12)
+        patch.setattr(flops, "measured_matmul_peak", lambda *arguments, **options: 1e12)
         yield lambda *arguments: script.main([*map(str, arguments), "--num_processes", "1"])
 
 
