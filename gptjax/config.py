@@ -95,6 +95,8 @@ class ModelConfig(Section):
     embedding_norm: bool = option(False, "embeddings are divided by their root mean square before the first block")
     logit_cap: float = option(0.0, "logits x become logit_cap tanh(x / logit_cap); 0: as they are")
     zero_init: bool = option(False, "projections into the residual stream, and an untied head, start at zero")
+    ngram: int = option(1, "added to a token's embedding are those of the last 2, 3 ... ngram tokens together; 1: none")
+    ngram_rows: int = option(16384, "ngram: embeddings that the n-grams of one length share, each taking one by a hash")
     bias: bool = option(False, "biases in linear layers and LayerNorms, as GPT-2 has them")
     qkv_bias: bool = option(False, "biases in queries, keys and values alone, as Qwen2.5 has them")
     tied_head: bool = option(True, "the output head is the token embedding; false: a matrix of its own")
@@ -121,7 +123,7 @@ class ModelConfig(Section):
     )
 
     def validate(self) -> None:
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "norm_eps", "rope_theta", "lora_alpha"):
+        for name in "block_size n_layer n_head n_embd norm_eps rope_theta ngram ngram_rows lora_alpha".split():
             self.require(getattr(self, name) > 0, name, "is not positive")
         for name in ("vocab_size", "n_kv_head", "mlp_width", "lora_rank", "logit_cap"):
             self.require(getattr(self, name) >= 0, name, "is negative")

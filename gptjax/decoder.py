@@ -13,9 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from gptjax.config import ModelConfig
 from gptjax.matrices import transpose
-from gptjax.model import GPT, Block, KVCache
-
-Cache = KVCache | tuple[KVCache, ...]  # of all layers, or one of each
+from gptjax.model import GPT, Block, Cache, KVCache
 
 
 def lay_out(params: Any) -> Any:
@@ -35,25 +33,29 @@ def _join(layer: Any) -> Any:
 
 def init_cache(config: ModelConfig, params: Any, batch_size: int, length: int) -> Cache:
     """An empty cache for `batch_size` sequences of up to `length` tokens, as these parameters want it."""
-    shape: tuple[int, ...] = (batch_size, length, config.kv_heads, config.head_width)
-    if not isinstance(params["layers"], tuple):
-        shape = (config.n_layer, *shape)
+
+    def empty(*layers: int) -> KVCache:
+        shape = (*layers, batch_size, length, config.kv_heads, config.head_width)
         return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-    return tuple(KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in params["layers"])
+
+    apart = isinstance(params["layers"], tuple)
+    tokens_BS = jnp.zeros((batch_size, length), jnp.int32) if config.ngram > 1 else None
+    return Cache(tuple(empty() for _ in params["layers"]) if apart else empty(config.n_layer), tokens_BS)
 
 
 def length_of(cache: Cache) -> int:
     """How many tokens a cache has room for."""
-    return int(jax.tree.leaves(cache)[0].shape[-3])
+    return int(jax.tree.leaves(cache.layers)[0].shape[-3])
 
 
 def widen(cache: Cache, length: int) -> Cache:
     """The same with room for so many."""
 
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, length - n if i == x.ndim - 3 else 0) for i, n in enumerate(x.shape)])
+    def pad(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, length - n if i == x.ndim + axis else 0) for i, n in enumerate(x.shape)])
 
-    return jax.tree.map(pad, cache)
+    tokens_BS = None if cache.tokens_BS is None else pad(cache.tokens_BS, -1)
+    return Cache(jax.tree.map(lambda x: pad(x, -3), cache.layers), tokens_BS)
 
 
 def hidden(
@@ -67,13 +69,16 @@ def hidden(
     model: Any = GPT(config)  # of which `apply` promises more than it gives
     if not isinstance(params["layers"], tuple):
         return model.apply({"params": params}, tokens_BT, cache, offset_B, method="hidden")
-    x_BTD, position_bT, document_BT = model.apply({"params": params}, tokens_BT, cache, offset_B, method="embed")
+    x_BTD, position_bT, document_BT, tokens_BS = model.apply(
+        {"params": params}, tokens_BT, cache, offset_B, method="embed"
+    )
     caches: list[Any] = []
-    for layer, own in zip(params["layers"], cache or [None] * config.n_layer, strict=True):
+    for layer, own in zip(params["layers"], cache.layers if cache else [None] * config.n_layer, strict=True):
         block: Any = Block(config)
         x_BTD, own = block.apply({"params": layer}, x_BTD, own, position_bT, document_BT)
         caches.append(own)
-    return model.apply({"params": params}, x_BTD, method="normalize"), None if cache is None else tuple(caches)
+    x_BTD = model.apply({"params": params}, x_BTD, method="normalize")
+    return x_BTD, None if cache is None else Cache(tuple(caches), tokens_BS)
 
 
 def logits(config: ModelConfig, params: Any, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -24,6 +24,7 @@ from gptjax.sharding import constrain, gathered
 
 INIT_STD = 0.02  # GPT-2's code; section 2.3 of its paper adds 1/sqrt(number of residual branches)
 ROPE_LOW, ROPE_HIGH = 1.0, 4.0  # Llama 3: wavelengths in the original context below which, above which scaling changes
+HASH = 2654435761  # a prime near 2**32 over the golden ratio (Knuth, "The Art of Computer Programming", 6.4)
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "gelu_erf": lambda x: nn.gelu(x, approximate=False),  # at most 5e-4 away from the tanh form
@@ -40,6 +41,13 @@ class KVCache(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
+
+
+class Cache(NamedTuple):
+    """What was read so far: keys and values of all layers in one, or of each; for n-grams the tokens too, [B, S]."""
+
+    layers: KVCache | tuple[KVCache, ...]
+    tokens_BS: jax.Array | None
 
 
 class Linear(nn.Module):
@@ -163,6 +171,9 @@ class GPT(nn.Module):
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(INIT_STD)
         self.token_embedding = self._table("token_embedding", init)
+        if config.ngram > 1:
+            n_rows = (config.ngram - 1) * config.ngram_rows
+            self.ngram_embedding = self.param("ngram_embedding", nn.initializers.zeros, (n_rows, config.n_embd))
         if config.position == "learned":
             self.position_embedding = self.param("position_embedding", init, (config.block_size, config.n_embd))
         if config.embedding_norm:
@@ -195,28 +206,40 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens_BT)[0])
 
     def hidden(
-        self, tokens_BT: Int[Array, "B T"], cache: KVCache | None = None, offset_B: Int[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        self, tokens_BT: Int[Array, "B T"], cache: Cache | None = None, offset_B: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The normalized residual stream after the last block; a row's tokens stand from its offset on, or from 0.
 
-        A cache holds the keys and values of positions before the offsets; the new one holds these tokens' too.
+        A cache holds what was read at positions before the offsets; the new one holds these tokens too.
         Documents are kept apart where there is none: a separator is the first token of the document behind it.
         """
-        x_BTD, position_bT, document_BT = self.embed(tokens_BT, cache, offset_B)
-        x_BTD, cache = self.layers(x_BTD, cache, position_bT, document_BT)
-        return self.normalize(x_BTD), cache
+        x_BTD, position_bT, document_BT, tokens_BS = self.embed(tokens_BT, cache, offset_B)
+        keys_values: Any = None if cache is None else cache.layers
+        x_BTD, keys_values = self.layers(x_BTD, keys_values, position_bT, document_BT)
+        return self.normalize(x_BTD), None if cache is None else Cache(keys_values, tokens_BS)
 
     def embed(
-        self, tokens_BT: Int[Array, "B T"], cache: Any = None, offset_B: Int[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Int[Array, "b T"], Int[Array, "B T"] | None]:
-        """What the first block takes: the tokens' vectors, their positions, and the numbers of their documents."""
+        self, tokens_BT: Int[Array, "B T"], cache: Cache | None = None, offset_B: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "b T"], Int[Array, "B T"] | None, Int[Array, "B S"] | None]:
+        """What the first block takes: the tokens' vectors, their positions, and the numbers of their documents.
+
+        And for n-grams the tokens read so far, these among them.
+        """
         position_bT = jnp.arange(tokens_BT.shape[1])[None]
         if offset_B is not None:
             position_bT = position_bT + offset_B[:, None]
+        document_BT = tokens_BS = None
+        if self.config.separator is not None and cache is None:
+            document_BT = jnp.cumsum(tokens_BT == self.config.separator, axis=1)
         if isinstance(self.token_embedding, Int8):
             x_BTD = matrices.rows(self.token_embedding, tokens_BT)
         else:
             x_BTD = jnp.take(gathered(self.token_embedding, "token_embedding"), tokens_BT, axis=0)
+        if self.config.ngram > 1:
+            tokens_BS = tokens_BT if cache is None else _write(cache.tokens_BS, tokens_BT, position_bT[:, 0])
+            table = gathered(self.ngram_embedding, "ngram_embedding")
+            for row_BT in ngram_rows(self.config, tokens_BS, position_bT, document_BT):
+                x_BTD = x_BTD + jnp.take(table, row_BT, axis=0)
         if self.config.position == "learned" and offset_B is None:
             x_BTD = x_BTD + self.position_embedding[None, : tokens_BT.shape[1]]
         elif self.config.position == "learned":
@@ -224,10 +247,7 @@ class GPT(nn.Module):
         if self.config.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
         x_BTD = constrain(self.embedding_dropout(x_BTD.astype(self.config.dtype)))
-        document_BT = None
-        if self.config.separator is not None and cache is None:
-            document_BT = jnp.cumsum(tokens_BT == self.config.separator, axis=1)
-        return x_BTD, position_bT, document_BT
+        return x_BTD, position_bT, document_BT, tokens_BS
 
     def normalize(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The norm behind the last block."""
@@ -260,6 +280,32 @@ class GPT(nn.Module):
         return jnp.where(real_V[None, None], logits_BTV, -jnp.inf)
 
 
+def ngram_rows(
+    config: ModelConfig, tokens_BS: Int[Array, "B S"], position_bT: Int[Array, "b T"], document_BT: Any = None
+) -> list[Int[Array, "B T"]]:
+    """Which rows of the n-gram embedding stand for the 2, 3 ... tokens that end at each position of a text.
+
+    An n-gram's row is a hash of its tokens, among the rows that n-grams of its length have. Before the text's first
+    token, or the document's, stand tokens that are none. Source: the hash n-gram embeddings of "Byte Latent
+    Transformer" (Pagnoni et al., 2024), section 3.2.1.
+    """
+
+    def back(values_BS: jax.Array, n: int) -> jax.Array:
+        at_BT = jnp.broadcast_to(jnp.maximum(position_bT - n, 0), (len(values_BS), position_bT.shape[1]))
+        return jnp.take_along_axis(values_BS, at_BT, axis=1)
+
+    rows, hash_BT = [], back(tokens_BS, 0).astype(jnp.uint32)
+    for n in range(1, config.ngram):
+        there = position_bT >= n
+        if document_BT is not None:
+            there &= back(document_BT, n) == document_BT
+        token_BT = jnp.where(there, back(tokens_BS, n) + 1, 0).astype(jnp.uint32)
+        hash_BT = (hash_BT * np.uint32(HASH) ^ token_BT) * np.uint32(HASH)
+        hash_BT ^= hash_BT >> 15
+        rows.append((hash_BT % np.uint32(config.ngram_rows)).astype(jnp.int32) + (n - 1) * config.ngram_rows)
+    return rows
+
+
 def rope_angles(config: ModelConfig, position_bT: Int[Array, "b T"]) -> Float[Array, "b T H"]:
     """By how many radians each pair of features turns at each position; H is half a head's width here.
 
@@ -281,12 +327,13 @@ def rotate(x_BTNH: Float[Array, "B T N H"], angle_bTH: Float[Array, "b T _"]) ->
     return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
 
 
-def _write(cache_BSKH: jax.Array, new_BTKH: jax.Array, offset_b: jax.Array) -> jax.Array:
-    """The cache with each row's new keys or values written from that row's offset on."""
+def _write(cache_BS: Any, new_BT: jax.Array, offset_b: jax.Array) -> jax.Array:
+    """The cache with each row's new tokens, keys or values (whose axes follow S) written from that row's offset on."""
+    rest = (0,) * (new_BT.ndim - 2)
     if len(offset_b) == 1:  # all rows at once: one copy, no scatter
-        return jax.lax.dynamic_update_slice(cache_BSKH, new_BTKH, (0, offset_b[0], 0, 0))
-    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0, 0)))(
-        cache_BSKH, new_BTKH, offset_b
+        return jax.lax.dynamic_update_slice(cache_BS, new_BT, (0, offset_b[0], *rest))
+    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, *rest)))(
+        cache_BS, new_BT, offset_b
     )
 
 

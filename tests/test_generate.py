@@ -25,6 +25,8 @@ SPEEDRUN = replace(
     logit_cap=2.0,
     tied_head=False,
     n_kv_head=1,
+    ngram=3,
+    ngram_rows=64,
 )
 GREEDY = Sampling(temperature=0.0)
 # Below, at and above the lengths to which prompts are padded (32, and 40 = block_size), up to several blocks.
@@ -110,33 +112,37 @@ def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(params, scrambl
         np.testing.assert_allclose(logits_B1V[:, 0], full_BTV[:, position], rtol=0, atol=1e-5)
 
 
-def test_reading_piece_by_piece_gives_the_logits_of_a_full_pass(params):
+@pytest.mark.parametrize("config", [TINY, SPEEDRUN], ids=["gpt2", "speedrun"])
+def test_reading_piece_by_piece_gives_the_logits_of_a_full_pass(params, scramble, config):
+    params = params if config is TINY else scramble(config)
     tokens_BT, start = text(TINY.block_size, batch=2), 0
-    full_BTV, cache = np.asarray(logits_of(TINY, params, tokens_BT)), init_cache(TINY, params, 2, TINY.block_size)
+    full_BTV, cache = np.asarray(logits_of(config, params, tokens_BT)), init_cache(config, params, 2, TINY.block_size)
     for n in (27, 13):
-        logits_BTV, cache = read(TINY, params, tokens_BT[:, start : start + n], cache, jnp.full(2, start))
+        logits_BTV, cache = read(config, params, tokens_BT[:, start : start + n], cache, jnp.full(2, start))
         np.testing.assert_allclose(logits_BTV, full_BTV[:, start : start + n], rtol=0, atol=1e-5)  # as above
         start += n
     assert start == TINY.block_size
 
 
-def test_prefill_and_decode_give_the_logits_of_a_full_pass(params):
+@pytest.mark.parametrize("config", [TINY, SPEEDRUN], ids=["gpt2", "speedrun"])
+def test_prefill_and_decode_give_the_logits_of_a_full_pass(params, scramble, config):
+    params = params if config is TINY else scramble(config)
     length_B = np.array([1, 5, 20, 24])
     padded_BT, junk_BT = text(32, batch=4), text(32, batch=4, seed=9)
     behind = np.arange(32) >= length_B[:, None]
-    cache, offset_B, rows = init_cache(TINY, params, 4, TINY.block_size), jnp.zeros(4, jnp.int32), np.arange(4)
+    cache, offset_B, rows = init_cache(config, params, 4, TINY.block_size), jnp.zeros(4, jnp.int32), np.arange(4)
     tokens_BT = jnp.asarray(np.where(behind, junk_BT, padded_BT))
-    cache, logits_BV = prefill(TINY, params, cache, tokens_BT, offset_B, jnp.asarray(length_B))
-    full_BTV = np.asarray(logits_of(TINY, params, padded_BT))
+    cache, logits_BV = prefill(config, params, cache, tokens_BT, offset_B, jnp.asarray(length_B))
+    full_BTV = np.asarray(logits_of(config, params, padded_BT))
     np.testing.assert_allclose(logits_BV, full_BTV[rows, length_B - 1], rtol=0, atol=1e-5)  # as above
     keys_B = jax.vmap(jax.random.key)(jnp.arange(4, dtype=jnp.uint32))
     cache, logits_BV, _, new_BC, log_probs_BC = decode(
-        TINY, params, cache, logits_BV, None, jnp.asarray(length_B), keys_B, jnp.int32(0), jnp.float32(1), Sampling()
+        config, params, cache, logits_BV, None, jnp.asarray(length_B), keys_B, jnp.int32(0), jnp.float32(1), Sampling()
     )
     whole_BT = np.zeros((4, TINY.block_size), np.int32)
     for row, length in enumerate(length_B):
         whole_BT[row, : length + CHUNK] = np.append(padded_BT[row, :length], new_BC[row])
-    full_BTV = np.asarray(jax.nn.log_softmax(logits_of(TINY, params, whole_BT)))
+    full_BTV = np.asarray(jax.nn.log_softmax(logits_of(config, params, whole_BT)))
     last_BV = jax.nn.log_softmax(logits_BV)
     np.testing.assert_allclose(last_BV, full_BTV[rows, length_B + CHUNK - 1], rtol=0, atol=1e-5)
     for row, length in enumerate(length_B):

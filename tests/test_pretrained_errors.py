@@ -157,6 +157,7 @@ def shards(folder):
     [
         ({"qk_norm": True}, "model.qk_norm=True"),
         ({"embedding_norm": True}, "model.embedding_norm=True"),
+        ({"ngram": 3}, "model.ngram=3"),
         ({"logit_cap": 15.0}, "model.logit_cap=15.0"),
         ({"norm": "nonparametric_rmsnorm"}, "model.norm=nonparametric_rmsnorm"),
         ({"activation": "relu2", "norm": "rmsnorm", "position": "rope"}, "activation=relu2"),
