@@ -6,7 +6,6 @@ import re
 import struct
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,13 +85,11 @@ def make(tmp_path):
 
 
 def refusal(path, *parts):
-    """The one line that all who read a model give, and soon."""
+    """The one line that all who read a model give."""
     messages = set()
     for read in (lambda: open_weights(path), lambda: LanguageModel.load(str(path)), lambda: open_origin(str(path))):
-        start = time.monotonic()
         with pytest.raises(UserError) as caught:
             read()
-        assert time.monotonic() - start < 2
         messages.add(re.sub(r"tensor `.*?`", "tensor", str(caught.value)))  # the library names any of several
     assert len(messages) == 1
     message = messages.pop()
