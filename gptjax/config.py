@@ -221,7 +221,9 @@ class TrainConfig(Section):
     batch_size: int = option(12, "windows of block_size tokens in one optimizer step, over all devices and micro-steps")
     accumulate: int = option(1, "micro-steps that one step's batch is split into, to save memory")
     eval_interval: int = option(250, "steps between evaluations")
-    eval_batches: int = option(0, "validation batches in an evaluation; 0: the whole split, each token once")
+    eval_batches: int = option(
+        0, "validation batches in an evaluation; 0: the whole split, each token once; 4 at most before the first step"
+    )
     save_interval: int = option(250, "steps between checkpoints; the last step is always saved")
     log_interval: int = option(10, "steps between rows of metrics.csv")
     patience: int = option(0, "stop after so many evaluations without a better validation loss; 0: never")

@@ -20,7 +20,7 @@ def lay_out(params: Any) -> Any:
     """The same parameters, "layers" a tuple of each layer's, which are copies: matrices `Transposed`, and those of
     queries, keys and values one below the other in one."""
     layers, n_layer = params["layers"], len(jax.tree.leaves(params["layers"])[0])
-    each = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(n_layer)]
+    each = (jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(n_layer))  # one at a time in memory
     return params | {"layers": tuple(_join(transpose(layer)) for layer in each)}
 
 

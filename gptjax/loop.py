@@ -85,7 +85,9 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
         distributed.require_same("checkpoints", {"resume": resume, "latest": latest.step, "best": best.step})
         if not resume:
             best.drop_after(-1)  # of a run that was killed before it saved its state
-        run = Run(config, run_dir, dataset, mesh, compile_steps(config, mesh, ahead=True), latest, best)
+        peak = _peak(mesh, config.model.dtype)  # before anything compiles beside it
+        steps = compile_steps(config, mesh, ahead=not (resume or origin))  # else weights come first, and may be damaged
+        run = Run(config, run_dir, dataset, mesh, steps, latest, best)
         stop = stack.enter_context(StopSignal(mesh))
         state, progress = _resume(run) if resume else (_start(run, origin), Progress(dataset.fingerprint()))
         origin = None  # or its parameters would stay
@@ -95,7 +97,7 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
         if distributed.is_first():
             write_atomically(run_dir / "config.json", config.to_json())
             write_atomically(run_dir / "tokenizer.json", dataset.tokenizer.to_json())
-        flops_per_token, peak = _introduce(run, int(state.step))
+        flops_per_token = _introduce(run, int(state.step), peak)
         metrics = Metrics(run_dir, config, int(state.step), progress.seconds, flops_per_token, peak)
         with metrics:
             step = _loop(run, state, progress, metrics, stop)
@@ -134,12 +136,16 @@ def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, sto
 
 
 def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> bool:
-    """Validate, keep the parameters if they are the best so far, redraw loss.png; whether patience has run out."""
+    """Validate, keep the parameters if they are the best so far, redraw loss.png once there are two points of it.
+
+    Whether patience has run out.
+    """
     metrics.flush()
     with metrics.pause("evaluating"):
         step, options = metrics.step, run.config.train
         first = step == 0 and run.config.init_from is None  # random weights know nothing of any part of the split
-        val_loss = validation_loss(run, state.params, FIRST_BATCHES if first else None)
+        some = min(FIRST_BATCHES, options.eval_batches or FIRST_BATCHES)
+        val_loss = validation_loss(run, state.params, some if first else None)
     metrics.row(val_loss)
     with metrics.pause("drawing"):
         better = val_loss < progress.best_val_loss
@@ -253,8 +259,18 @@ def _resume(run: Run) -> tuple[TrainState, Progress]:
     return TrainState(jax.device_put(np.int32(step), wanted.step.sharding), **trees), progress
 
 
-def _introduce(run: Run, step: int) -> tuple[float, float]:
-    """Print what is about to run; FLOPs per token, and the devices' peak FLOP/s (nan where it is not known)."""
+def _peak(mesh: Mesh, dtype: str) -> float:
+    """The devices' peak FLOP/s, nan where it is not known; a CPU's own is measured."""
+    devices = mesh.devices.flatten().tolist()
+    if devices[0].platform == "cpu":
+        local = [device for device in devices if device.process_index == distributed.index()]
+        return flops.measured_matmul_peak(local, dtype, seconds=0.1) * len(devices) / len(local)
+    known = flops.device_peak(devices[0].device_kind)
+    return known.flops * len(devices) if known else math.nan
+
+
+def _introduce(run: Run, step: int, peak: float) -> float:
+    """Print what is about to run, on devices of this peak FLOP/s; FLOPs per token."""
     model, devices, params = run.config.model, run.mesh.devices.flatten().tolist(), run.steps.state.params
     n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     lora = [leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "lora_" in path[-1].key]
@@ -265,11 +281,6 @@ def _introduce(run: Run, step: int) -> tuple[float, float]:
         n_embd=model.n_embd,
         block_size=model.block_size,
     )
-    known = flops.device_peak(devices[0].device_kind)
-    peak = known.flops * len(devices) if known else math.nan
-    if devices[0].platform == "cpu":
-        local = [device for device in devices if device.process_index == distributed.index()]
-        peak = flops.measured_matmul_peak(local, model.dtype, seconds=0.1) * len(devices) / len(local)
     per_step = flops_per_token * run.config.train.batch_size * model.block_size
     print(f"run:     {run.folder}" + (f", resumed at step {step:,}" if step else ""))
     print(
@@ -283,7 +294,7 @@ def _introduce(run: Run, step: int) -> tuple[float, float]:
     peak_text = "" if math.isnan(peak) else f", peak {peak / 1e12:.3g} TFLOP/s"
     hosts = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
     print(f"devices: {len(devices)} x {devices[0].device_kind}{hosts} ({mesh}){peak_text}", flush=True)
-    return float(flops_per_token), peak
+    return float(flops_per_token)
 
 
 def _report(run: Run, mfu_per_token_rate: float) -> None:

@@ -237,9 +237,9 @@ class GPT(nn.Module):
             x_BTD = jnp.take(gathered(self.token_embedding, "token_embedding"), tokens_BT, axis=0)
         if self.config.ngram > 1:
             tokens_BS = tokens_BT if cache is None else _write(cache.tokens_BS, tokens_BT, position_bT[:, 0])
+            rows_BTn = ngram_rows(self.config, tokens_BS, position_bT, document_BT)
             table = gathered(self.ngram_embedding, "ngram_embedding")
-            for row_BT in ngram_rows(self.config, tokens_BS, position_bT, document_BT):
-                x_BTD = x_BTD + jnp.take(table, row_BT, axis=0)
+            x_BTD = x_BTD + jnp.take(table, rows_BTn, axis=0).sum(axis=2)
         if self.config.position == "learned" and offset_B is None:
             x_BTD = x_BTD + self.position_embedding[None, : tokens_BT.shape[1]]
         elif self.config.position == "learned":
@@ -282,7 +282,7 @@ class GPT(nn.Module):
 
 def ngram_rows(
     config: ModelConfig, tokens_BS: Int[Array, "B S"], position_bT: Int[Array, "b T"], document_BT: Any = None
-) -> list[Int[Array, "B T"]]:
+) -> Int[Array, "B T n"]:
     """Which rows of the n-gram embedding stand for the 2, 3 ... tokens that end at each position of a text.
 
     An n-gram's row is a hash of its tokens, among the rows that n-grams of its length have. Before the text's first
@@ -303,7 +303,7 @@ def ngram_rows(
         hash_BT = (hash_BT * np.uint32(HASH) ^ token_BT) * np.uint32(HASH)
         hash_BT ^= hash_BT >> 15
         rows.append((hash_BT % np.uint32(config.ngram_rows)).astype(jnp.int32) + (n - 1) * config.ngram_rows)
-    return rows
+    return jnp.stack(rows, axis=2)
 
 
 def rope_angles(config: ModelConfig, position_bT: Int[Array, "b T"]) -> Float[Array, "b T H"]:

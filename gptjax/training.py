@@ -178,7 +178,7 @@ def splits_of(config: Config, mesh: Mesh) -> int:
 
 def _jit_train_step(config: Config, mesh: Mesh, split: Any) -> Any:
     on_cpu, only_data = mesh.devices.flat[0].platform == "cpu", mesh.size == mesh.shape["data"] > 1
-    apart = on_cpu and only_data and not config.model.dropout
+    apart = on_cpu and only_data and not config.model.dropout and not config.model.lora_rank
     return jax.jit(
         partial(train_step, config, splits=splits_of(config, mesh), apart=apart),
         in_shardings=(split, batch_sharding(mesh)),

@@ -18,6 +18,7 @@ GPT2 = ModelConfig(vocab_size=61, block_size=40, n_layer=3, n_head=2, n_embd=16,
 LLAMA = replace(
     GPT2, norm="rmsnorm", position="rope", activation="swiglu", n_kv_head=1, bias=False, tied_head=False, separator=7
 )
+NGRAMS = replace(LLAMA, ngram=3, ngram_rows=64)
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 20), np.int32)
 
 
@@ -25,7 +26,7 @@ def logits_of(config, params):
     return logits(config, params, hidden(config, params, jnp.asarray(TOKENS))[0])[:, :, :61]
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [GPT2, LLAMA, NGRAMS], ids=["gpt2", "llama", "ngrams"])
 def test_laid_out_parameters_give_the_same_logits_and_text(scramble, config):
     params = scramble(config)
     expected = GPT(config).apply({"params": params}, jnp.asarray(TOKENS))[:, :, :61]
@@ -38,11 +39,14 @@ def test_laid_out_parameters_give_the_same_logits_and_text(scramble, config):
     np.testing.assert_array_equal(*texts)
 
 
-def test_a_memory_serves_laid_out_parameters_too(scramble):
-    params, memory, greedy = lay_out(scramble(GPT2)), Memory(), Sampling(temperature=0.0)
+@pytest.mark.parametrize("config", [GPT2, NGRAMS], ids=["gpt2", "ngrams"])
+def test_a_memory_serves_laid_out_parameters_too(scramble, config):
+    params, memory, greedy = lay_out(scramble(config)), Memory(), Sampling(temperature=0.0)
     for length in (4, 9, 20):
         texts = [
-            np.concatenate([c.tokens_BC for c in generate(GPT2, params, [TOKENS[0, :length]], 6, greedy, [0], own)], 1)
+            np.concatenate(
+                [c.tokens_BC for c in generate(config, params, [TOKENS[0, :length]], 6, greedy, [0], own)], 1
+            )
             for own in (memory, None)
         ]
         np.testing.assert_array_equal(*texts)

@@ -54,7 +54,7 @@ def test_a_logit_depends_on_its_own_and_earlier_tokens_only(scramble, fields):
 def test_an_ngram_has_a_row_of_its_length_whatever_stands_before_it():
     config, n_rows = replace(TINY, ngram=4, ngram_rows=4096), 4096
     text = np.array([[5, 6, 7, 8, 9, 5, 6, 7, 8], [6, 7, 8, 9, 9, 8, 7, 6, 5]])
-    rows = np.array(ngram_rows(config, jnp.asarray(text), jnp.arange(9)[None]))  # [n, B, T]
+    rows = np.array(ngram_rows(config, jnp.asarray(text), jnp.arange(9)[None])).transpose(2, 0, 1)
     assert [sorted({*(row // n_rows).flat}) for row in rows] == [[0], [1], [2]]
     for n, of_length in enumerate(rows, start=2):
         hashes = {}

@@ -656,7 +656,7 @@ def test_a_config_of_a_model_far_larger_than_its_file(family, field, make):
         [sys.executable, "-c", IN_LITTLE_MEMORY, str(folder)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         cwd=Path(__file__).parent.parent,
     )
     assert str(folder) in child.stdout, child.stderr.strip().rpartition("\n")[2]

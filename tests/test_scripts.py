@@ -41,7 +41,7 @@ def start(script, *arguments, cwd, **options):
 
 def run(script, *arguments, cwd, stdin=None, **options):
     process = start(script, *arguments, cwd=cwd, stdin=subprocess.PIPE, **options)
-    out, err = process.communicate(stdin, timeout=120)
+    out, err = process.communicate(stdin, timeout=600)
     return process.returncode, out, err
 
 
