@@ -244,6 +244,7 @@ def test_compilations_are_seen(compilations):
 WANTED = {
     "token_embedding": P("tensor", "fsdp"),
     "head": P("tensor", "fsdp"),
+    "ngram_embedding": P("tensor", "fsdp"),
     "position_embedding": P(None, "fsdp"),
     "final_norm/bias": P(),
     "final_norm/scale": P(),
@@ -275,7 +276,7 @@ WANTED = {
 )
 def test_state_is_born_sharded_and_stays_so(train, config, mesh_config):
     run = train(config, mesh_config)
-    absent = ("position_embedding", "bias", "scale") if config is IN_PARTS else ("head",)
+    absent = ("position_embedding", "bias", "scale") if config is IN_PARTS else ("head", "ngram_embedding")
     wanted_here = {name for name in WANTED if not name.endswith(absent)}
     assert leaves(run.params).keys() == wanted_here
     n_found = 0
