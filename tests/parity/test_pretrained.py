@@ -429,7 +429,8 @@ def test_a_run_is_exported(run_dir, scramble, tmp_path):
         assert np.array_equal(each.tokenizer.encode(VERSE), ids)
         assert_same_logits(logits_of(each.config, each.params, ids[None]), expected_BTV)
     theirs = read_back(tmp_path / "out")
-    assert_same_logits(huggingface.logits_of(theirs, ids[None]), expected_BTV)
+    # In float64: of two sums in float32 each is off by up to 6e-5, which varies with the CPU.
+    assert_same_logits(huggingface.logits_of(theirs.double(), ids[None]), expected_BTV)
     numbers = sum(tensor.numel() for tensor in theirs.parameters() if tensor.any())  # without the biases of zero
     assert numbers == ours.n_params
 
