@@ -136,10 +136,7 @@ def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, sto
 
 
 def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> bool:
-    """Validate, keep the parameters if they are the best so far, redraw loss.png once there are two points of it.
-
-    Whether patience has run out.
-    """
+    """Validate, keep the parameters if they are best so far, past step 0 redraw loss.png; whether patience ran out."""
     metrics.flush()
     with metrics.pause("evaluating"):
         step, options = metrics.step, run.config.train
