@@ -44,6 +44,24 @@ def causal_attention(
     return y_BTKGH.reshape(B, T, N, H)
 
 
+def cached_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    keys_MSH: Float[Array, "M S H"],
+    values_MHS: Float[Array, "M H S"],
+    position_bT: Int[Array, "b T"],
+) -> Float[Array, "B T N H"]:
+    """`causal_attention` of a cache's keys and values, which lie as their products read them; M = B K."""
+    (B, T, N, H), (M, S, _) = q_BTNH.shape, keys_MSH.shape
+    K = M // B
+    q_MRH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3).reshape(M, -1, H)
+    scores_MRS = jnp.einsum("MRH,MSH->MRS", q_MRH, keys_MSH, preferred_element_type=jnp.float32)
+    seen_bTS = position_bT[:, :, None] >= jnp.arange(S)[None, None]
+    scores_BNTS = jnp.where(seen_bTS[:, None], scores_MRS.reshape(B, N, T, S) * H**-0.5, -jnp.inf)
+    weights_MRS = jax.nn.softmax(scores_BNTS).astype(values_MHS.dtype).reshape(M, -1, S)
+    y_MRH = jnp.einsum("MRS,MHS->MRH", weights_MRS, values_MHS)
+    return jnp.moveaxis(y_MRH.reshape(B, N, T, H), 1, 2)
+
+
 def sequence_attention(
     kind: str,
     q_BTNH: Float[Array, "B T N H"],

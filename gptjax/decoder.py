@@ -35,8 +35,8 @@ def init_cache(config: ModelConfig, params: Any, batch_size: int, length: int) -
     """An empty cache for `batch_size` sequences of up to `length` tokens, as these parameters want it."""
 
     def empty(*layers: int) -> KVCache:
-        shape = (*layers, batch_size, length, config.kv_heads, config.head_width)
-        return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+        M, H = batch_size * config.kv_heads, config.head_width
+        return KVCache(jnp.zeros((*layers, M, length, H), config.dtype), jnp.zeros((*layers, M, H, length), config.dtype))
 
     apart = isinstance(params["layers"], tuple)
     tokens_BS = jnp.zeros((batch_size, length), jnp.int32) if config.ngram > 1 else None
@@ -45,7 +45,7 @@ def init_cache(config: ModelConfig, params: Any, batch_size: int, length: int) -
 
 def length_of(cache: Cache) -> int:
     """How many tokens a cache has room for."""
-    return int(jax.tree.leaves(cache.layers)[0].shape[-3])
+    return int(jax.tree.leaves(cache.layers)[1].shape[-1])
 
 
 def widen(cache: Cache, length: int) -> Cache:
@@ -54,8 +54,12 @@ def widen(cache: Cache, length: int) -> Cache:
     def pad(x: jax.Array, axis: int) -> jax.Array:
         return jnp.pad(x, [(0, length - n if i == x.ndim + axis else 0) for i, n in enumerate(x.shape)])
 
-    tokens_BS = None if cache.tokens_BS is None else pad(cache.tokens_BS, -1)
-    return Cache(jax.tree.map(lambda x: pad(x, -3), cache.layers), tokens_BS)
+    def wider(layers: Any) -> KVCache:
+        return KVCache(pad(layers.keys, -2), pad(layers.values, -1))
+
+    layers, tokens_BS = cache.layers, cache.tokens_BS
+    layers = wider(layers) if isinstance(layers, KVCache) else tuple(map(wider, layers))
+    return Cache(layers, None if tokens_BS is None else pad(tokens_BS, -1))
 
 
 def hidden(

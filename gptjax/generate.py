@@ -81,8 +81,10 @@ def sample_token(
 ) -> Int[Array, " B"]:
     """A token of each row, drawn with that row's key; the likeliest at temperature 0."""
     logits_BV = apply_rules(logits_BV, seen_BV, temperature, rules)
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
-    return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+    noise_BV = jax.vmap(lambda key, logits_V: jax.random.gumbel(key, logits_V.shape))(keys_B, logits_BV)
+    noisy_BV = jnp.where(temperature > 0, logits_BV + noise_BV, logits_BV)
+    # The first of the largest: jnp.argmax alone draws the noise inside its search, which no vector unit then helps.
+    return jnp.argmax(noisy_BV >= jnp.max(noisy_BV, axis=-1, keepdims=True), axis=-1).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gptjax import matrices
-from gptjax.attention import causal_attention, sequence_attention
+from gptjax.attention import cached_attention, causal_attention, sequence_attention
 from gptjax.config import ModelConfig
 from gptjax.matrices import MATRICES, Int8
 from gptjax.sharding import constrain, gathered
@@ -34,9 +34,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the positions read so far: [L, B, S, K, H], and without L inside a layer.
+    """Keys [L, M, S, H] and values [L, M, H, S] of the positions read so far, M = B K; without L inside a layer.
 
-    What lies beyond those positions is unspecified: the causal mask hides it until it is overwritten.
+    Each lies as attention's products read it, so that none copies the cache for every token. What lies beyond those
+    positions is unspecified: the causal mask hides it until it is overwritten.
     """
 
     keys: jax.Array
@@ -115,10 +116,14 @@ class Attention(nn.Module):
             angle_bTH = rope_angles(config, position_bT)
             q_BTNH, k_BSKH = rotate(q_BTNH, angle_bTH), rotate(k_BSKH, angle_bTH)
         if cache is not None:
-            k_BSKH = _write(cache.keys, k_BSKH, position_bT[:, 0])
-            v_BSKH = _write(cache.values, v_BSKH, position_bT[:, 0])
-            cache = KVCache(k_BSKH, v_BSKH)
-        if config.attention in ("blockwise", "splash", "cudnn") and cache is None:
+            keys_MTH = jnp.moveaxis(k_BSKH, 1, 2).reshape(-1, *k_BSKH.shape[1::2])
+            values_MHT = jnp.moveaxis(v_BSKH, 1, 3).reshape(-1, H, v_BSKH.shape[1])
+            cache = KVCache(
+                _write(cache.keys, keys_MTH, position_bT[:, 0], axis=1),
+                _write(cache.values, values_MHT, position_bT[:, 0], axis=2),
+            )
+            y_BTNH = cached_attention(q_BTNH, *cache, position_bT)
+        elif config.attention in ("blockwise", "splash", "cudnn"):
             y_BTNH = sequence_attention(config.attention, q_BTNH, k_BSKH, v_BSKH, document_BT)
         else:
             y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, position_bT, _Dropout(config.dropout), document_BT)
@@ -236,7 +241,7 @@ class GPT(nn.Module):
         else:
             x_BTD = jnp.take(gathered(self.token_embedding, "token_embedding"), tokens_BT, axis=0)
         if self.config.ngram > 1:
-            tokens_BS = tokens_BT if cache is None else _write(cache.tokens_BS, tokens_BT, position_bT[:, 0])
+            tokens_BS = tokens_BT if cache is None else _write(cache.tokens_BS, tokens_BT, position_bT[:, 0], axis=1)
             rows_BTn = ngram_rows(self.config, tokens_BS, position_bT, document_BT)
             table = gathered(self.ngram_embedding, "ngram_embedding")
             x_BTD = x_BTD + jnp.take(table, rows_BTn, axis=0).sum(axis=2)
@@ -327,13 +332,16 @@ def rotate(x_BTNH: Float[Array, "B T N H"], angle_bTH: Float[Array, "b T _"]) ->
     return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
 
 
-def _write(cache_BS: Any, new_BT: jax.Array, offset_b: jax.Array) -> jax.Array:
-    """The cache with each row's new tokens, keys or values (whose axes follow S) written from that row's offset on."""
-    rest = (0,) * (new_BT.ndim - 2)
+def _write(cache: jax.Array, new: jax.Array, offset_b: jax.Array, axis: int) -> jax.Array:
+    """The cache with new tokens, keys or values from each row's offset on, along the axis of positions.
+
+    Its first axis is of rows, or of rows and, in each, key heads.
+    """
     if len(offset_b) == 1:  # all rows at once: one copy, no scatter
-        return jax.lax.dynamic_update_slice(cache_BS, new_BT, (0, offset_b[0], *rest))
-    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, *rest)))(
-        cache_BS, new_BT, offset_b
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, offset_b[0], axis)
+    offset_M = jnp.repeat(offset_b, len(cache) // len(offset_b))
+    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis - 1))(
+        cache, new, offset_M
     )
 
 
