@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from gptjax.config import ModelConfig
 from gptjax.decoder import Cache, hidden, init_cache, length_of, logits, widen
 
-CHUNK = 16  # tokens decoded in one call: often enough for a person who reads along, seldom enough to be fast
+CHUNK = 10  # tokens decoded in one call: so few that a person can read along; people ask for round numbers
 Ids = Int[np.ndarray, " _"]
 
 
