@@ -126,9 +126,9 @@ class Attention(nn.Module):
         elif config.attention in ("blockwise", "splash", "cudnn"):
             y_BTNH = sequence_attention(config.attention, q_BTNH, k_BSKH, v_BSKH, document_BT)
         else:
-            y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, position_bT, _Dropout(config.dropout), document_BT)
+            y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, position_bT, Dropout(config.dropout), document_BT)
         out = Linear(config, (config.n_embd,), n_in=2, use_bias=config.bias, residual=True, name="out")
-        return _Dropout(config.dropout)(out(y_BTNH)), cache
+        return Dropout(config.dropout)(out(y_BTNH)), cache
 
 
 class MLP(nn.Module):
@@ -144,7 +144,7 @@ class MLP(nn.Module):
         else:
             h_BTF = activation(h_BTF)
         down = Linear(config, (config.n_embd,), use_bias=config.bias, residual=True, name="down")
-        return _Dropout(config.dropout)(down(h_BTF))
+        return Dropout(config.dropout)(down(h_BTF))
 
 
 class Block(nn.Module):
@@ -183,7 +183,7 @@ class GPT(nn.Module):
             self.position_embedding = self.param("position_embedding", init, (config.block_size, config.n_embd))
         if config.embedding_norm:
             self.embedding_norm = _rms_norm(config)
-        self.embedding_dropout = _Dropout(config.dropout)
+        self.embedding_dropout = Dropout(config.dropout)
         block = Block
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
@@ -359,11 +359,19 @@ def _rms_norm(config: ModelConfig, name: str | None = None) -> nn.Module:
     return nn.RMSNorm(epsilon=config.norm_eps, use_scale=False, dtype=config.dtype, name=name)
 
 
-class _Dropout(nn.Module):
-    """Dropout that is on exactly where a "dropout" rng is given."""
+class Dropout(nn.Module):
+    """Dropout in steps of 1/256 and never less, on exactly where a "dropout" rng is given.
+
+    A random word of 32 bits decides on four places: on a CPU one for each took as long as the model's products.
+    """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
+        if not self.rate or not self.has_rng("dropout"):
+            return x
+        n, kept = x.shape[-1], min(max(round(256 * (1 - self.rate)), 1), 255)
+        words = jax.random.bits(self.make_rng("dropout"), (*x.shape[:-1], -(-n // 4)), jnp.uint32)
+        keep = jnp.concatenate([(words >> shift).astype(jnp.uint8) < kept for shift in (0, 8, 16, 24)], axis=-1)
+        return jnp.where(keep[..., :n], x * (256 / kept), 0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import Config, ModelConfig, TrainConfig
-from gptjax.model import GPT, ngram_rows, rope_angles, rotate
+from gptjax.model import GPT, Dropout, ngram_rows, rope_angles, rotate
 from gptjax.optimizer import make_optimizer
 from gptjax.training import TrainState, init_state, loss_sum, train_step
 
@@ -192,7 +192,7 @@ def record(module_class, config, params, tokens_BT, key=None):
 def test_dropout_is_in_its_places_and_keeps_expectations(scramble):
     config = replace(TINY, dropout=0.2, n_embd=32)
     batch, length = 16, config.block_size
-    calls = record(nn.Dropout, config, scramble(config), tokens_of(config, batch), jax.random.key(0))
+    calls = record(Dropout, config, scramble(config), tokens_of(config, batch), jax.random.key(0))
     shapes = sorted((y.shape, len(each)) for each in calls.values() for _, y in each[:1])
     activations, weights = (batch, length, 32), (batch, config.n_head, length, length)
     # The attention weights and both branches of each of two layers; the embedding once.
@@ -202,12 +202,24 @@ def test_dropout_is_in_its_places_and_keeps_expectations(scramble):
         for x, y in each:
             kept, n = y[x != 0] != 0, np.count_nonzero(x)
             assert abs(kept.mean() - 0.8) < 4 * np.sqrt(0.8 * 0.2 / n), path
-            np.testing.assert_allclose(y[y != 0], x[y != 0] / 0.8, rtol=1e-6, err_msg=path)
+            np.testing.assert_allclose(y[y != 0], x[y != 0] * 256 / 205, rtol=1e-6, err_msg=path)
             if x.shape == activations:
                 masks.append(y != 0)
     for i, mask in enumerate(masks):
         for other in masks[:i]:  # independent masks agree in 0.8² + 0.2² of their places
             assert abs((mask == other).mean() - 0.68) < 4 * np.sqrt(0.68 * 0.32 / mask.size)
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(1e-4, 255), (0.1, 230), (0.5, 128), (0.999, 1)])
+def test_dropout_decides_on_each_place_by_itself(rate, kept):
+    """Four places share a random word: no two of them are alike, and none goes without a decision."""
+    x = jnp.ones((2000, 10))  # no multiple of four
+    y = np.asarray(Dropout(rate).apply({}, x, rngs={"dropout": jax.random.key(0)}))
+    mask, p = y != 0, kept / 256
+    assert mask.shape == x.shape and set(np.unique(y)) <= {0, np.float32(256 / kept)}
+    np.testing.assert_allclose(mask.mean(axis=0), p, atol=4.5 * np.sqrt(p * (1 - p) / 2000))
+    together = np.cov(mask.T.astype(float))[~np.eye(10, dtype=bool)]
+    np.testing.assert_allclose(together, 0, atol=4.5 * p * (1 - p) / np.sqrt(2000) + 3 / 2000)
 
 
 def test_dropout_is_on_exactly_where_there_is_a_key(scramble):
