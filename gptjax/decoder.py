@@ -36,7 +36,9 @@ def init_cache(config: ModelConfig, params: Any, batch_size: int, length: int) -
 
     def empty(*layers: int) -> KVCache:
         M, H = batch_size * config.kv_heads, config.head_width
-        return KVCache(jnp.zeros((*layers, M, length, H), config.dtype), jnp.zeros((*layers, M, H, length), config.dtype))
+        return KVCache(
+            jnp.zeros((*layers, M, length, H), config.dtype), jnp.zeros((*layers, M, H, length), config.dtype)
+        )
 
     apart = isinstance(params["layers"], tuple)
     tokens_BS = jnp.zeros((batch_size, length), jnp.int32) if config.ngram > 1 else None
