@@ -20,27 +20,25 @@ LOW = -1e30  # a score that a later one makes nothing of; of -inf a block that i
 
 def causal_attention(
     q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    position_bT: Int[Array, "b T"],
-    dropout: Callable[[jax.Array], jax.Array] = lambda weights_BNTS: weights_BNTS,
-    document_BS: Int[Array, "B S"] | None = None,
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    dropout: Callable[[jax.Array], jax.Array] = lambda weights_BNTT: weights_BNTT,
+    document_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q kᵀ / √H) v, where the query at position p sees the keys 0 to p; b is B, or 1 where rows are alike.
+    """softmax(q kᵀ / √H) v, where the query at a place sees the keys up to it, with documents those of its own alone.
 
-    With the number of each key's document, where there is no cache, a query sees those of its own alone. Query heads
-    that follow each other share a key head, N / K of them. Scores and softmax are float32 whatever the inputs are; the
-    result has the inputs' dtype. Sources: "Attention Is All You Need", section 3.2.1; "GQA", 2.2.
+    Query heads that follow each other share a key head, N / K of them. Scores and softmax are float32 whatever the
+    inputs are; the result has the inputs' dtype. Sources: "Attention Is All You Need", section 3.2.1; "GQA", 2.2.
     """
-    (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+    (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    seen_bTS = position_bT[:, :, None] >= jnp.arange(S)[None, None]
-    if document_BS is not None:
-        seen_bTS &= document_BS[:, S - T :, None] == document_BS[:, None]
-    scores_BNTS = jnp.where(seen_bTS[:, None], scores_BKGTS.reshape(B, N, T, S) * H**-0.5, -jnp.inf)
-    weights_BNTS = dropout(jax.nn.softmax(scores_BNTS).astype(v_BSKH.dtype))
-    y_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BNTS.reshape(B, K, N // K, T, S), v_BSKH)
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32)
+    seen_bTS = jnp.tril(jnp.ones((1, T, T), bool))
+    if document_BT is not None:
+        seen_bTS &= document_BT[:, :, None] == document_BT[:, None]
+    scores_BNTS = jnp.where(seen_bTS[:, None], scores_BKGTS.reshape(B, N, T, T) * H**-0.5, -jnp.inf)
+    weights_BNTS = dropout(jax.nn.softmax(scores_BNTS).astype(v_BTKH.dtype))
+    y_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BNTS.reshape(B, K, N // K, T, T), v_BTKH)
     return y_BTKGH.reshape(B, T, N, H)
 
 
@@ -50,7 +48,10 @@ def cached_attention(
     values_MHS: Float[Array, "M H S"],
     position_bT: Int[Array, "b T"],
 ) -> Float[Array, "B T N H"]:
-    """`causal_attention` of a cache's keys and values, which lie as their products read them; M = B K."""
+    """`causal_attention` of a cache, whose keys and values lie as their products read them; M = B K.
+
+    The query at position p sees the keys 0 to p; b is B, or 1 where rows are alike.
+    """
     (B, T, N, H), (M, S, _) = q_BTNH.shape, keys_MSH.shape
     K = M // B
     q_MRH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3).reshape(M, -1, H)

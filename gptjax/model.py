@@ -105,28 +105,28 @@ class Attention(nn.Module):
         N, K, H = config.n_head, config.kv_heads, config.head_width
         if self.has_variable("params", "query_key_value"):  # laid out for sampling: one product is faster than three
             all_BTMH = Linear(config, (N + 2 * K, H), use_bias=bias, name="query_key_value")(x_BTD)
-            q_BTNH, k_BSKH, v_BSKH = jnp.split(all_BTMH, [N, N + K], axis=2)
+            q_BTNH, k_BTKH, v_BTKH = jnp.split(all_BTMH, [N, N + K], axis=2)
         else:
             q_BTNH = Linear(config, (N, H), use_bias=bias, name="query")(x_BTD)
-            k_BSKH = Linear(config, (K, H), use_bias=bias, name="key")(x_BTD)
-            v_BSKH = Linear(config, (K, H), use_bias=bias, name="value")(x_BTD)
+            k_BTKH = Linear(config, (K, H), use_bias=bias, name="key")(x_BTD)
+            v_BTKH = Linear(config, (K, H), use_bias=bias, name="value")(x_BTD)
         if config.qk_norm:  # without weights, as in modded-nanoGPT, and so the same before the rotation as after it
-            q_BTNH, k_BSKH = _rms_norm(config, "query_norm")(q_BTNH), _rms_norm(config, "key_norm")(k_BSKH)
+            q_BTNH, k_BTKH = _rms_norm(config, "query_norm")(q_BTNH), _rms_norm(config, "key_norm")(k_BTKH)
         if config.position == "rope":
             angle_bTH = rope_angles(config, position_bT)
-            q_BTNH, k_BSKH = rotate(q_BTNH, angle_bTH), rotate(k_BSKH, angle_bTH)
+            q_BTNH, k_BTKH = rotate(q_BTNH, angle_bTH), rotate(k_BTKH, angle_bTH)
         if cache is not None:
-            keys_MTH = jnp.moveaxis(k_BSKH, 1, 2).reshape(-1, *k_BSKH.shape[1::2])
-            values_MHT = jnp.moveaxis(v_BSKH, 1, 3).reshape(-1, H, v_BSKH.shape[1])
+            keys_MTH = jnp.moveaxis(k_BTKH, 1, 2).reshape(-1, *k_BTKH.shape[1::2])
+            values_MHT = jnp.moveaxis(v_BTKH, 1, 3).reshape(-1, H, v_BTKH.shape[1])
             cache = KVCache(
                 _write(cache.keys, keys_MTH, position_bT[:, 0], axis=1),
                 _write(cache.values, values_MHT, position_bT[:, 0], axis=2),
             )
             y_BTNH = cached_attention(q_BTNH, *cache, position_bT)
         elif config.attention in ("blockwise", "splash", "cudnn"):
-            y_BTNH = sequence_attention(config.attention, q_BTNH, k_BSKH, v_BSKH, document_BT)
+            y_BTNH = sequence_attention(config.attention, q_BTNH, k_BTKH, v_BTKH, document_BT)
         else:
-            y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, position_bT, Dropout(config.dropout), document_BT)
+            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, Dropout(config.dropout), document_BT)
         out = Linear(config, (config.n_embd,), n_in=2, use_bias=config.bias, residual=True, name="out")
         return Dropout(config.dropout)(out(y_BTNH)), cache
 
@@ -332,7 +332,7 @@ def rotate(x_BTNH: Float[Array, "B T N H"], angle_bTH: Float[Array, "b T _"]) ->
     return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
 
 
-def _write(cache: jax.Array, new: jax.Array, offset_b: jax.Array, axis: int) -> jax.Array:
+def _write(cache: Any, new: jax.Array, offset_b: jax.Array, axis: int) -> jax.Array:
     """The cache with new tokens, keys or values from each row's offset on, along the axis of positions.
 
     Its first axis is of rows, or of rows and, in each, key heads.

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gptjax import attention
-from gptjax.attention import causal_attention, sequence_attention
+from gptjax.attention import cached_attention, causal_attention, sequence_attention
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -35,7 +35,7 @@ def test_sequence_attention_is_causal_attention(monkeypatch, kind, n_head, n_kv_
         return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(function(*qkv) * direction_BTNH), (0, 1, 2)))
 
     def plain(*qkv):
-        return causal_attention(*qkv, jnp.arange(length)[None], document_BS=document_BT)
+        return causal_attention(*qkv, document_BT=document_BT)
 
     def blocks(*qkv):
         return sequence_attention(kind, *qkv, document_BT)
@@ -47,6 +47,23 @@ def test_sequence_attention_is_causal_attention(monkeypatch, kind, n_head, n_kv_
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4)
 
 
+def test_cached_attention_is_causal_attention_of_what_each_row_has_read():
+    """Three queries a row behind different numbers of keys, what lies behind them being anything; heads in groups."""
+    rng = np.random.default_rng(0)
+    q, k, v = [jnp.asarray(rng.standard_normal((2, 12, heads, 8)), jnp.float32) for heads in (4, 2, 2)]
+    offset_B = np.array([2, 6])
+    keys_MSH = k.swapaxes(1, 2).reshape(4, 12, 8)
+    values_MHS = jnp.moveaxis(v, 1, 3).reshape(4, 8, 12)
+    position_BT = jnp.asarray(offset_B[:, None] + np.arange(3))
+    new = jnp.stack([row[start : start + 3] for row, start in zip(q, offset_B, strict=True)])
+    found = cached_attention(new, keys_MSH, values_MHS, position_BT)
+    for row, start in enumerate(offset_B):
+        one = slice(row, row + 1), slice(0, start + 3)
+        np.testing.assert_allclose(
+            found[one[0]], causal_attention(q[one], k[one], v[one])[:, start:], rtol=0, atol=1e-6
+        )
+
+
 def test_blockwise_attention_never_holds_all_scores():
     def largest(kind):
         shape = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
@@ -54,15 +71,14 @@ def test_blockwise_attention_never_holds_all_scores():
         return jax.jit(loss).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
     scores = 4 * 4096**2
-    assert largest(lambda *qkv: causal_attention(*qkv, jnp.arange(4096)[None])) > scores
+    assert largest(causal_attention) > scores
     assert largest(partial(sequence_attention, "blockwise")) < scores / 4
 
 
 def test_tokens_of_one_document_do_not_see_another():
     q, k, v = [jnp.asarray(np.random.default_rng(i).standard_normal((1, 6, 1, 4)), jnp.float32) for i in range(3)]
     document_BT = jnp.asarray([[0, 0, 1, 1, 1, 2]])
-    position_bT = jnp.arange(6)[None]
-    whole = causal_attention(q, k, v, position_bT, document_BS=document_BT)
+    whole = causal_attention(q, k, v, document_BT=document_BT)
     for start, end in ((0, 2), (2, 5), (5, 6)):
-        alone = causal_attention(q[:, start:end], k[:, start:end], v[:, start:end], jnp.arange(end - start)[None])
+        alone = causal_attention(q[:, start:end], k[:, start:end], v[:, start:end])
         np.testing.assert_allclose(whole[:, start:end], alone, rtol=1e-6, atol=1e-6)
