@@ -22,7 +22,7 @@ def causal_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    dropout: Callable[[jax.Array], jax.Array] = lambda weights_BNTT: weights_BNTT,
+    dropout: Callable[[jax.Array], jax.Array] = lambda weights_BNTS: weights_BNTS,
     document_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H) v, where the query at a place sees the keys up to it, with documents those of its own alone.
@@ -44,23 +44,23 @@ def causal_attention(
 
 def cached_attention(
     q_BTNH: Float[Array, "B T N H"],
-    keys_MSH: Float[Array, "M S H"],
-    values_MHS: Float[Array, "M H S"],
+    keys_JSH: Float[Array, "J S H"],
+    values_JHS: Float[Array, "J H S"],
     position_bT: Int[Array, "b T"],
 ) -> Float[Array, "B T N H"]:
-    """`causal_attention` of a cache, whose keys and values lie as their products read them; M = B K.
+    """`causal_attention` of a cache, whose keys and values lie as their products read them.
 
-    The query at position p sees the keys 0 to p; b is B, or 1 where rows are alike.
+    The query at position p sees the keys 0 to p; Q are the N / K x T queries that share a key head.
     """
-    (B, T, N, H), (M, S, _) = q_BTNH.shape, keys_MSH.shape
-    K = M // B
-    q_MRH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3).reshape(M, -1, H)
-    scores_MRS = jnp.einsum("MRH,MSH->MRS", q_MRH, keys_MSH, preferred_element_type=jnp.float32)
+    (B, T, N, H), (J, S, _) = q_BTNH.shape, keys_JSH.shape
+    K = J // B
+    q_JQH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3).reshape(J, -1, H)
+    scores_JQS = jnp.einsum("JQH,JSH->JQS", q_JQH, keys_JSH, preferred_element_type=jnp.float32)
     seen_bTS = position_bT[:, :, None] >= jnp.arange(S)[None, None]
-    scores_BNTS = jnp.where(seen_bTS[:, None], scores_MRS.reshape(B, N, T, S) * H**-0.5, -jnp.inf)
-    weights_MRS = jax.nn.softmax(scores_BNTS).astype(values_MHS.dtype).reshape(M, -1, S)
-    y_MRH = jnp.einsum("MRS,MHS->MRH", weights_MRS, values_MHS)
-    return jnp.moveaxis(y_MRH.reshape(B, N, T, H), 1, 2)
+    scores_BNTS = jnp.where(seen_bTS[:, None], scores_JQS.reshape(B, N, T, S) * H**-0.5, -jnp.inf)
+    weights_JQS = jax.nn.softmax(scores_BNTS).astype(values_JHS.dtype).reshape(J, -1, S)
+    y_JQH = jnp.einsum("JQS,JHS->JQH", weights_JQS, values_JHS)
+    return jnp.moveaxis(y_JQH.reshape(B, N, T, H), 1, 2)
 
 
 def sequence_attention(

@@ -104,7 +104,7 @@ class ModelConfig(Section):
     lora_alpha: float = option(16.0, "LoRA: updates are scaled by lora_alpha / lora_rank")
     lora_layers: str = option(",".join(LINEAR_LAYERS), "LoRA: the linear layers that have updates")
     dropout: float = option(
-        0.0, "dropout on the embedding, the attention weights and both residual branches, in 256ths"
+        0.0, "dropout on the embedding, the attention weights and both residual branches, rounded to 256ths"
     )
     separator: int | None = option(
         None, "token that begins a document (GPT-2's: 50256); in training attention does not look back past it"

@@ -35,9 +35,9 @@ def init_cache(config: ModelConfig, params: Any, batch_size: int, length: int) -
     """An empty cache for `batch_size` sequences of up to `length` tokens, as these parameters want it."""
 
     def empty(*layers: int) -> KVCache:
-        M, H = batch_size * config.kv_heads, config.head_width
+        J, H = batch_size * config.kv_heads, config.head_width
         return KVCache(
-            jnp.zeros((*layers, M, length, H), config.dtype), jnp.zeros((*layers, M, H, length), config.dtype)
+            jnp.zeros((*layers, J, length, H), config.dtype), jnp.zeros((*layers, J, H, length), config.dtype)
         )
 
     apart = isinstance(params["layers"], tuple)
@@ -47,7 +47,7 @@ def init_cache(config: ModelConfig, params: Any, batch_size: int, length: int) -
 
 def length_of(cache: Cache) -> int:
     """How many tokens a cache has room for."""
-    return int(jax.tree.leaves(cache.layers)[1].shape[-1])
+    return int(jax.tree.leaves(cache.layers)[-1].shape[-1])
 
 
 def widen(cache: Cache, length: int) -> Cache:

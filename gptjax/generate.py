@@ -83,8 +83,8 @@ def sample_token(
     logits_BV = apply_rules(logits_BV, seen_BV, temperature, rules)
     noise_BV = jax.vmap(lambda key, logits_V: jax.random.gumbel(key, logits_V.shape))(keys_B, logits_BV)
     noisy_BV = jnp.where(temperature > 0, logits_BV + noise_BV, logits_BV)
-    # The first of the largest: jnp.argmax alone draws the noise inside its search, which no vector unit then helps.
-    return jnp.argmax(noisy_BV >= jnp.max(noisy_BV, axis=-1, keepdims=True), axis=-1).astype(jnp.int32)
+    # The first of the largest. jnp.argmax draws the noise inside its search, which no vector unit then helps.
+    return jax.lax.top_k(noisy_BV, 1)[1][:, 0]
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")

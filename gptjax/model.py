@@ -3,7 +3,7 @@
 Nothing here knows of devices, but for the names of the axes that are split. Every local array carries its shape in
 its name:
     B batch (b: B, or 1 where rows are alike)    T query length    S key length    D model width    L layers
-    N heads    K key/value heads    M N + 2 K    H head width    F MLP width    R rank of LoRA    V vocabulary (padded)
+    N heads    K key/value heads    M N + 2 K    J B K    H head width    F MLP width    V vocabulary (padded)
 """
 
 import math
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class KVCache(NamedTuple):
-    """Keys [L, M, S, H] and values [L, M, H, S] of the positions read so far, M = B K; without L inside a layer.
+    """Keys [L, J, S, H] and values [L, J, H, S] of the positions read so far; without L inside a layer.
 
     Each lies as attention's products read it, so that none copies the cache for every token. What lies beyond those
     positions is unspecified: the causal mask hides it until it is overwritten.
@@ -116,11 +116,11 @@ class Attention(nn.Module):
             angle_bTH = rope_angles(config, position_bT)
             q_BTNH, k_BTKH = rotate(q_BTNH, angle_bTH), rotate(k_BTKH, angle_bTH)
         if cache is not None:
-            keys_MTH = jnp.moveaxis(k_BTKH, 1, 2).reshape(-1, *k_BTKH.shape[1::2])
-            values_MHT = jnp.moveaxis(v_BTKH, 1, 3).reshape(-1, H, v_BTKH.shape[1])
+            keys_JTH = jnp.moveaxis(k_BTKH, 1, 2).reshape(-1, *k_BTKH.shape[1::2])
+            values_JHT = jnp.moveaxis(v_BTKH, 1, 3).reshape(-1, H, v_BTKH.shape[1])
             cache = KVCache(
-                _write(cache.keys, keys_MTH, position_bT[:, 0], axis=1),
-                _write(cache.values, values_MHT, position_bT[:, 0], axis=2),
+                _write(cache.keys, keys_JTH, position_bT[:, 0], axis=1),
+                _write(cache.values, values_JHT, position_bT[:, 0], axis=2),
             )
             y_BTNH = cached_attention(q_BTNH, *cache, position_bT)
         elif config.attention in ("blockwise", "splash", "cudnn"):
@@ -339,9 +339,9 @@ def _write(cache: Any, new: jax.Array, offset_b: jax.Array, axis: int) -> jax.Ar
     """
     if len(offset_b) == 1:  # all rows at once: one copy, no scatter
         return jax.lax.dynamic_update_slice_in_dim(cache, new, offset_b[0], axis)
-    offset_M = jnp.repeat(offset_b, len(cache) // len(offset_b))
+    offset_J = jnp.repeat(offset_b, len(cache) // len(offset_b))
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis - 1))(
-        cache, new, offset_M
+        cache, new, offset_J
     )
 
 
@@ -360,7 +360,7 @@ def _rms_norm(config: ModelConfig, name: str | None = None) -> nn.Module:
 
 
 class Dropout(nn.Module):
-    """Dropout in steps of 1/256 and never less, on exactly where a "dropout" rng is given.
+    """Dropout of 1 to 255 places in 256, whichever is nearest to the rate, on exactly where a "dropout" rng is given.
 
     A random word of 32 bits decides on four places: on a CPU one for each took as long as the model's products.
     """
@@ -374,4 +374,4 @@ class Dropout(nn.Module):
         n, kept = x.shape[-1], min(max(round(256 * (1 - self.rate)), 1), 255)
         words = jax.random.bits(self.make_rng("dropout"), (*x.shape[:-1], -(-n // 4)), jnp.uint32)
         keep = jnp.concatenate([(words >> shift).astype(jnp.uint8) < kept for shift in (0, 8, 16, 24)], axis=-1)
-        return jnp.where(keep[..., :n], x * (256 / kept), 0)
+        return jnp.where(keep[..., :n], x / (kept / 256), 0)

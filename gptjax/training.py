@@ -84,15 +84,14 @@ def train_step(
     working set.
 
     Dropout is keyed by (train.seed, step, micro-step), so the step is a function of state and batch alone. `apart`:
-    each device takes the gradient of its own rows, with a dropout key of its own, and one sum in one array follows.
+    each device takes the gradient of its own rows, and one sum in one array follows.
     """
     n_targets = windows_ABW.size // windows_ABW.shape[-1] * (windows_ABW.shape[-1] - 1)
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     if apart:
 
         def own(params: Any, windows_ABW: jax.Array) -> Any:
-            own_key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-            flat, tree = ravel_pytree(gradient(config, params, windows_ABW, n_targets, own_key, splits))
+            flat, tree = ravel_pytree(gradient(config, params, windows_ABW, n_targets, key, splits))
             return tree(jax.lax.psum(flat, "data"))
 
         split = (PartitionSpec(), PartitionSpec(None, "data"))
@@ -179,7 +178,7 @@ def splits_of(config: Config, mesh: Mesh) -> int:
 
 def _jit_train_step(config: Config, mesh: Mesh, split: Any) -> Any:
     on_cpu, only_data = mesh.devices.flat[0].platform == "cpu", mesh.size == mesh.shape["data"] > 1
-    apart = on_cpu and only_data and not config.model.lora_rank
+    apart = on_cpu and only_data and not config.model.dropout and not config.model.lora_rank
     return jax.jit(
         partial(train_step, config, splits=splits_of(config, mesh), apart=apart),
         in_shardings=(split, batch_sharding(mesh)),

@@ -52,11 +52,11 @@ def test_cached_attention_is_causal_attention_of_what_each_row_has_read():
     rng = np.random.default_rng(0)
     q, k, v = [jnp.asarray(rng.standard_normal((2, 12, heads, 8)), jnp.float32) for heads in (4, 2, 2)]
     offset_B = np.array([2, 6])
-    keys_MSH = k.swapaxes(1, 2).reshape(4, 12, 8)
-    values_MHS = jnp.moveaxis(v, 1, 3).reshape(4, 8, 12)
+    keys_JSH = k.swapaxes(1, 2).reshape(4, 12, 8)
+    values_JHS = jnp.moveaxis(v, 1, 3).reshape(4, 8, 12)
     position_BT = jnp.asarray(offset_B[:, None] + np.arange(3))
     new = jnp.stack([row[start : start + 3] for row, start in zip(q, offset_B, strict=True)])
-    found = cached_attention(new, keys_MSH, values_MHS, position_BT)
+    found = cached_attention(new, keys_JSH, values_JHS, position_BT)
     for row, start in enumerate(offset_B):
         one = slice(row, row + 1), slice(0, start + 3)
         np.testing.assert_allclose(
