@@ -29,7 +29,7 @@ from gptjax.sharding import (
     with_shardings,
 )
 
-CACHED_TOKENS = 2048  # of a micro-step on a CPU
+CACHED_TOKENS = 2048  # of a micro-step on a CPU; half as many with dropout, when a device takes whole splits
 
 
 class TrainState(NamedTuple):
@@ -83,15 +83,19 @@ def train_step(
     """One optimizer step on the mean loss over all A x B windows; A micro-steps bound the memory, `splits` of each the
     working set.
 
-    Dropout is keyed by (train.seed, step, micro-step), so the step is a function of state and batch alone. `apart`:
-    each device takes the gradient of its own rows, and one sum in one array follows.
+    Dropout is keyed by (train.seed, step, micro-step, split), so the step is a function of state and batch alone.
+    `apart`: each device takes the gradient of its own rows, and one sum in one array follows; with dropout it takes
+    whole splits, whose masks are then those of any number of devices.
     """
     n_targets = windows_ABW.size // windows_ABW.shape[-1] * (windows_ABW.shape[-1] - 1)
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     if apart:
+        n_own = splits // mesh_in_use().shape["data"] if config.model.dropout else splits
 
         def own(params: Any, windows_ABW: jax.Array) -> Any:
-            flat, tree = ravel_pytree(gradient(config, params, windows_ABW, n_targets, key, splits))
+            first = jax.lax.axis_index("data") * n_own
+            result = gradient(config, params, windows_ABW, n_targets, key, n_own, (first, splits))
+            flat, tree = ravel_pytree(result)
             return tree(jax.lax.psum(flat, "data"))
 
         split = (PartitionSpec(), PartitionSpec(None, "data"))
@@ -110,10 +114,21 @@ def train_step(
 
 
 def gradient(
-    config: Config, params: Any, windows_ABW: Int[Array, "A B W"], n_targets: int, key: Any, splits: int
+    config: Config,
+    params: Any,
+    windows_ABW: Int[Array, "A B W"],
+    n_targets: int,
+    key: Any,
+    splits: int,
+    among: tuple[Any, int] | None = None,
 ) -> tuple[Float[Array, ""], Any]:
-    """Nats of the windows, summed and divided by n_targets, and their gradient; a micro-step's at a time."""
+    """Nats of the windows, summed and divided by n_targets, and their gradient; a split of a micro-step at a time.
+
+    `among`: the number of the first of these splits, and how many there are in a micro-step on all devices.
+    """
     model, (A, B, W) = GPT(config.model), windows_ABW.shape
+    first, n_splits = among or (0, splits)
+    numbers = (n_splits * jnp.arange(A)[:, None] + first + jnp.arange(splits)[None]).reshape(-1)
     if splits > 1:
         windows_ABW = windows_ABW.reshape(A * splits, B // splits, W)
         if not mesh_in_use().empty:
@@ -126,13 +141,13 @@ def gradient(
         return loss_sum(model, params, windows_BW, rngs)[0] / n_targets
 
     if len(windows_ABW) == 1:
-        return jax.value_and_grad(micro_loss)(params, windows_ABW[0], jnp.zeros((), jnp.int32))
+        return jax.value_and_grad(micro_loss)(params, windows_ABW[0], numbers[0])
 
     def accumulate(total: Any, micro: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(params, *micro)), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(accumulate, zero, (windows_ABW, jnp.arange(len(windows_ABW))))[0]
+    return jax.lax.scan(accumulate, zero, (windows_ABW, numbers))[0]
 
 
 def eval_step(config: Config, params: Any, windows_ABW: Int[Array, "1 B W"]) -> Float[Array, "2"]:
@@ -171,16 +186,19 @@ def splits_of(config: Config, mesh: Mesh) -> int:
     n_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if mesh.devices.flat[0].platform != "cpu":
         return 1
+    most = CACHED_TOKENS // 2 if config.model.dropout else CACHED_TOKENS
     enough = [n for n in range(1, rows // n_devices + 1) if rows % (n * n_devices) == 0]
-    small = [n for n in enough if rows // n * config.model.block_size <= CACHED_TOKENS]
+    small = [n for n in enough if rows // n * config.model.block_size <= most]
     return small[0] if small else enough[-1]
 
 
 def _jit_train_step(config: Config, mesh: Mesh, split: Any) -> Any:
     on_cpu, only_data = mesh.devices.flat[0].platform == "cpu", mesh.size == mesh.shape["data"] > 1
-    apart = on_cpu and only_data and not config.model.dropout and not config.model.lora_rank
+    splits = splits_of(config, mesh)
+    masked = config.model.dropout > 0 and splits % mesh.shape["data"] != 0
+    apart = on_cpu and only_data and not masked and not config.model.lora_rank
     return jax.jit(
-        partial(train_step, config, splits=splits_of(config, mesh), apart=apart),
+        partial(train_step, config, splits=splits, apart=apart),
         in_shardings=(split, batch_sharding(mesh)),
         out_shardings=(split, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,

@@ -214,6 +214,18 @@ def test_cpu_devices_that_take_gradients_apart_train_as_one_does(train, monkeypa
     assert_same_training(train(parts, pair), expected, assert_trees_close)
 
 
+def test_cpu_devices_that_take_gradients_apart_drop_what_one_does(train, monkeypatch, assert_trees_close):
+    """In parts, of which each device takes two whole ones; where it would get less than one they stay together."""
+    pair = MeshConfig(data=2)
+    together = trace_train_step(CONFIG, mesh_of(pair))[1].lower().as_text()
+    monkeypatch.setattr(training, "CACHED_TOKENS", 20 * CONFIG.model.block_size)
+    parts = replace(CONFIG, train=replace(CONFIG.train, save_interval=7))  # for the fixture another run
+    assert splits_of(parts, mesh_of(pair)) == splits_of(parts, mesh_of(ONE_DEVICE)) == 4
+    apart = trace_train_step(parts, mesh_of(pair))[1].lower().as_text()
+    assert apart.count("stablehlo.all_reduce") == 1 < together.count("stablehlo.all_reduce")
+    assert_same_training(train(parts, pair), train(parts, ONE_DEVICE), assert_trees_close)
+
+
 @pytest.mark.slow
 def test_muon_goes_on_from_a_checkpoint_bit_for_bit(train, tmp_path):
     run, checkpoints = train(IN_PARTS, MESHES["2x2x2"]), Checkpoints(tmp_path)
