@@ -362,7 +362,7 @@ def _rms_norm(config: ModelConfig, name: str | None = None) -> nn.Module:
 class Dropout(nn.Module):
     """Dropout of 1 to 255 places in 256, whichever is nearest to the rate, on exactly where a "dropout" rng is given.
 
-    A random word of 32 bits decides on four places: on a CPU one for each took as long as the model's products.
+    A random word of 32 bits decides on four places: on a CPU a word for each takes seven times as long.
     """
 
     rate: float
