@@ -59,9 +59,8 @@ def widen(cache: Cache, length: int) -> Cache:
     def wider(layers: Any) -> KVCache:
         return KVCache(pad(layers.keys, -2), pad(layers.values, -1))
 
-    layers, tokens_BS = cache.layers, cache.tokens_BS
-    layers = wider(layers) if isinstance(layers, KVCache) else tuple(map(wider, layers))
-    return Cache(layers, None if tokens_BS is None else pad(tokens_BS, -1))
+    layers = jax.tree.map(wider, cache.layers, is_leaf=lambda layer: isinstance(layer, KVCache))
+    return Cache(layers, None if cache.tokens_BS is None else pad(cache.tokens_BS, -1))
 
 
 def hidden(

@@ -81,7 +81,7 @@ def sample_token(
 ) -> Int[Array, " B"]:
     """A token of each row, drawn with that row's key; the likeliest at temperature 0."""
     logits_BV = apply_rules(logits_BV, seen_BV, temperature, rules)
-    noise_BV = jax.vmap(lambda key, logits_V: jax.random.gumbel(key, logits_V.shape))(keys_B, logits_BV)
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
     noisy_BV = jnp.where(temperature > 0, logits_BV + noise_BV, logits_BV)
     # The first of the largest. jnp.argmax draws the noise inside its search, which no vector unit then helps.
     return jax.lax.top_k(noisy_BV, 1)[1][:, 0]

@@ -116,8 +116,9 @@ class Attention(nn.Module):
             angle_bTH = rope_angles(config, position_bT)
             q_BTNH, k_BTKH = rotate(q_BTNH, angle_bTH), rotate(k_BTKH, angle_bTH)
         if cache is not None:
-            keys_JTH = jnp.moveaxis(k_BTKH, 1, 2).reshape(-1, *k_BTKH.shape[1::2])
-            values_JHT = jnp.moveaxis(v_BTKH, 1, 3).reshape(-1, H, v_BTKH.shape[1])
+            T = x_BTD.shape[1]
+            keys_JTH = jnp.moveaxis(k_BTKH, 1, 2).reshape(-1, T, H)
+            values_JHT = jnp.moveaxis(v_BTKH, 1, 3).reshape(-1, H, T)
             cache = KVCache(
                 _write(cache.keys, keys_JTH, position_bT[:, 0], axis=1),
                 _write(cache.values, values_JHT, position_bT[:, 0], axis=2),
