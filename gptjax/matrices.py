@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-PART = 1 << 20  # int8 weights that are converted at a time on a CPU: as float32 they stay in its cache
+# Int8 weights that are converted at a time on a CPU: as float32 they stay in its cache. XLA gives a product of PART all
+# cores, and one of less a single core, which is quickest where its own cache has all of it.
+PART, SMALL_PART = 1 << 19, 1 << 15
 
 
 class Transposed(NamedTuple):
@@ -78,7 +80,8 @@ def product(x: Float[Array, "*rows D"], matrix: Transposed | Int8) -> Float[Arra
 
     def in_parts(weights: jax.Array) -> jax.Array:
         n_out, n_in = weights.shape
-        n = next(n for n in range(1, n_out + 1) if n_out % n == 0 and n_out // n * n_in <= PART)
+        most = PART if weights.size >= 2 * PART else SMALL_PART
+        n = next(n for n in range(1, n_out + 1) if n_out % n == 0 and n_out // n * n_in <= most or n == n_out)
         if n == 1:
             return whole(weights)
         parts = jax.lax.map(whole, weights.reshape(n, -1, n_in))

@@ -75,14 +75,19 @@ def _float(leaf):
     return leaf.weights * np.asarray(leaf.scale)[..., None] if isinstance(leaf, Int8) else leaf
 
 
-@pytest.mark.parametrize("part", [1 << 20, 64, 16])
-def test_a_product_in_parts_is_the_product(monkeypatch, part):
+@pytest.mark.parametrize(
+    ("part", "small", "n_parts"), [(384, 384, 1), (64, 0, 6), (16, 0, 24), (384, 64, 6), (384, 8, 24)]
+)
+def test_a_product_in_parts_is_the_product(monkeypatch, part, small, n_parts):
     monkeypatch.setattr(matrices, "PART", part)
+    monkeypatch.setattr(matrices, "SMALL_PART", small)
     rng = np.random.default_rng(0)
     matrix = Int8(jnp.asarray(rng.integers(-127, 128, (24, 16), np.int8)), jnp.asarray(rng.random(24, np.float32)))
     x = rng.normal(size=(2, 3, 16)).astype(np.float32)
     expected = x @ (np.asarray(matrix.weights, np.float32) * np.asarray(matrix.scale)[:, None]).T
     np.testing.assert_allclose(matrices.product(jnp.asarray(x), matrix), expected, rtol=1e-5, atol=1e-5)
+    program = jax.jit(lambda x: matrices.product(x, matrix)).lower(jnp.asarray(x)).as_text()
+    assert f"tensor<{n_parts}x{24 // n_parts}x16xi8>" in program or n_parts == 1
 
 
 def test_an_output_of_zeros_stays_zero():
