@@ -302,8 +302,7 @@ def _report(run: Run, mfu_per_token_rate: float) -> None:
     text = report.run_report(
         metrics,
         title=run.folder.name,
-        units_per_token=len(tokenizer.decode(some)) / len(some),
-        unit="character",
+        characters_per_token=len(tokenizer.decode(some)) / len(some),
         mfu=None if math.isnan(mfu) else mfu,
         peak_memory=report.peak_memory_bytes(run.mesh.local_devices),
         sample=_sample(run),

@@ -180,18 +180,17 @@ def run_report(
     metrics: Metrics,
     *,
     title: str,
-    units_per_token: float | None = None,
-    unit: str = "byte",
+    characters_per_token: float | None = None,
     mfu: float | None = None,
     peak_memory: int | None = None,
     sample: str | None = None,
 ) -> str:
     """A finished run in Markdown that also reads well in a terminal.
 
-    `units_per_token`: the validation text's bytes (or characters, or words) per token, which makes losses of different
-    tokenizers comparable. `mfu` is a fraction, `peak_memory` in bytes. The final training loss is the smoothed one.
+    `characters_per_token`, of the validation text, makes losses of different tokenizers comparable. `mfu` is a
+    fraction, `peak_memory` in bytes. The final training loss is the smoothed one.
     """
-    rows = _speed_rows(metrics, mfu, peak_memory) + _loss_rows(metrics, units_per_token, unit)
+    rows = _speed_rows(metrics, mfu, peak_memory) + _loss_rows(metrics, characters_per_token)
     width = max(len(name) for name, _ in rows)
     value_width = max(len(value) for _, value in rows)
     table = [f"| {name:{width}} | {value:{value_width}} |" for name, value in rows]
@@ -219,7 +218,7 @@ def _speed_rows(metrics: Metrics, mfu: float | None, peak_memory: int | None) ->
     return rows
 
 
-def _loss_rows(metrics: Metrics, units_per_token: float | None, unit: str) -> list[tuple[str, str]]:
+def _loss_rows(metrics: Metrics, characters_per_token: float | None) -> list[tuple[str, str]]:
     (_, train), (steps, val) = _finite(metrics, "train_loss"), _finite(metrics, "val_loss")
     rows = [("final training loss", f"{smooth(train)[-1]:.4f}")] if len(train) else []
     if len(val) == 0:
@@ -227,8 +226,9 @@ def _loss_rows(metrics: Metrics, units_per_token: float | None, unit: str) -> li
     best = int(np.argmin(val))
     rows.append(("best validation loss", f"{val[best]:.4f} at step {int(steps[best]):,}"))
     rows.append(("perplexity there", f"{math.exp(min(val[best], 700)):.2f}"))
-    if units_per_token is not None:
-        rows.append((f"bits per {unit} there", f"{val[best] / math.log(2) / units_per_token:.4f}"))
+    if characters_per_token is not None:
+        nats = val[best] / characters_per_token
+        rows.append(("bits per character there", f"{nats / math.log(2):.4f} ({nats:.4f} nats)"))
     return rows
 
 

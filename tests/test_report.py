@@ -211,7 +211,7 @@ def test_report_says_what_happened(tmp_path):
     report = run_report(
         overfitted_metrics(tmp_path),
         title="shakespeare",
-        units_per_token=2.0,
+        characters_per_token=2.0,
         mfu=0.413,
         peak_memory=3 * 2**29,
         sample="To be\n",
@@ -223,7 +223,7 @@ def test_report_says_what_happened(tmp_path):
     assert rows["model FLOPs utilization"] == "41.3%" and rows["peak memory"] == "1.50 GiB"
     assert rows["final training loss"] == "1.2500" and rows["best validation loss"] == "1.5000 at step 400"
     assert rows["perplexity there"] == "4.48"  # e^1.5
-    assert rows["bits per byte there"] == "1.0820"  # 1.5 / ln 2 / 2
+    assert rows["bits per character there"] == "1.0820 (0.7500 nats)"  # 1.5 / ln 2 / 2
     assert "best at step 400 and has risen 48.0% since" in report
     assert report.endswith("```text\nTo be\n```\n")
 
