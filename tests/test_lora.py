@@ -10,6 +10,7 @@ import pytest
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import LINEAR_LAYERS, Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gptjax.cost import Program
 from gptjax.errors import UserError
 from gptjax.families import draw_params, path_of
 from gptjax.generate import Sampling
@@ -20,7 +21,7 @@ from gptjax.origin import open_origin
 from gptjax.pretrained import main, merge_lora
 from gptjax.sharding import make_mesh, one_device, with_shardings
 from gptjax.tokenizer import Tokenizer
-from gptjax.training import compile_steps, loss_sum
+from gptjax.training import compile_steps, loss_sum, trace_train_step
 
 ALPHABET = "abcdefghijkl "
 # lora_alpha is there too, though nothing reads it, so that merged models are compiled no second time.
@@ -232,6 +233,15 @@ def test_the_gradients_norm_is_its_own_alone(trained, start):
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in own))
     for _, _, metrics in trained.values():
         np.testing.assert_allclose(metrics[0]["grad_norm"], norm, rtol=1e-5)
+
+
+def test_the_others_gradients_are_not_summed_over_devices():
+    config = replace(CONFIG, mesh=MeshConfig(data=2))
+    state, traced = trace_train_step(config, make_mesh(config.mesh, 8))
+    moved = sum(each.nbytes * each.times for each in Program(traced.lower().compile().as_text(), 2).collectives())
+    paths = jax.tree_util.tree_leaves_with_path(state.params)
+    own = 4 * sum(leaf.size for path, leaf in paths if "lora_" in path[-1].key)
+    assert own <= moved < own + 64  # the loss, and sums of its targets' number
 
 
 def test_the_optimizer_remembers_nothing_of_the_others(trained):
