@@ -1,6 +1,7 @@
 """Loss, train_step and eval_step: pure functions, compiled over the mesh.
 
-Shape suffixes as in model.py, and A micro-steps, W the T + 1 tokens of a window: inputs and, one on, targets.
+Shape suffixes as in model.py, and A micro-steps, each of S splits, W the T + 1 tokens of a window: inputs and, one on,
+targets.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from gptjax.config import Config
 from gptjax.loss import cross_entropy_sum, pieces_of
@@ -84,26 +85,21 @@ def train_step(
     working set.
 
     Dropout is keyed by (train.seed, step, micro-step, split), so the step is a function of state and batch alone.
-    `apart`: each device takes the gradient of its own rows, and one sum in one array follows; with dropout it takes
-    whole splits, whose masks are then those of any number of devices.
+    `apart`: each device takes the gradient of its own splits, a part of them all, and one sum in one array follows.
     """
     n_targets = windows_ABW.size // windows_ABW.shape[-1] * (windows_ABW.shape[-1] - 1)
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    given = (state.params, windows_ABW, jnp.arange(len(windows_ABW) * splits).reshape(-1, splits))
     if apart:
-        n_own = splits // mesh_in_use().shape["data"] if config.model.dropout else splits
 
-        def own(params: Any, windows_ABW: jax.Array) -> Any:
-            first = jax.lax.axis_index("data") * n_own
-            result = gradient(config, params, windows_ABW, n_targets, key, n_own, (first, splits))
-            flat, tree = ravel_pytree(result)
+        def own(*given: Any) -> Any:
+            flat, tree = ravel_pytree(gradient(config, n_targets, key, *given))
             return tree(jax.lax.psum(flat, "data"))
 
-        split = (PartitionSpec(), PartitionSpec(None, "data"))
-        loss, grads = jax.shard_map(own, in_specs=split, out_specs=PartitionSpec(), check_vma=False)(
-            state.params, windows_ABW
-        )
+        split = (PartitionSpec(), PartitionSpec(None, "data"), PartitionSpec(None, "data"))
+        loss, grads = jax.shard_map(own, in_specs=split, out_specs=PartitionSpec(), check_vma=False)(*given)
     else:
-        loss, grads = gradient(config, state.params, windows_ABW, n_targets, key, splits)
+        loss, grads = gradient(config, n_targets, key, *given)
     updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
     metrics = {
         "train_loss": loss,
@@ -115,39 +111,36 @@ def train_step(
 
 def gradient(
     config: Config,
+    n_targets: int,
+    key: Key[Array, ""],
     params: Any,
     windows_ABW: Int[Array, "A B W"],
-    n_targets: int,
-    key: Any,
-    splits: int,
-    among: tuple[Any, int] | None = None,
+    numbers_AS: Int[Array, "A S"],
 ) -> tuple[Float[Array, ""], Any]:
     """Nats of the windows, summed and divided by n_targets, and their gradient; a split of a micro-step at a time.
 
-    `among`: the number of the first of these splits, and how many there are in a micro-step on all devices.
+    Dropout in a split is keyed by its number.
     """
-    model, (A, B, W) = GPT(config.model), windows_ABW.shape
-    first, n_splits = among or (0, splits)
-    numbers = (n_splits * jnp.arange(A)[:, None] + first + jnp.arange(splits)[None]).reshape(-1)
-    if splits > 1:
-        windows_ABW = windows_ABW.reshape(A * splits, B // splits, W)
+    model, (A, B, W), S = GPT(config.model), windows_ABW.shape, numbers_AS.shape[1]
+    if S > 1:
+        windows_ABW = windows_ABW.reshape(A * S, B // S, W)
         if not mesh_in_use().empty:
             windows_ABW = jax.lax.with_sharding_constraint(windows_ABW, PartitionSpec(None, BATCH_AXES))
 
-    def micro_loss(params: Any, windows_BW: jax.Array, micro: jax.Array) -> jax.Array:
-        rngs = {"dropout": jax.random.fold_in(key, micro)} if config.model.dropout else None
+    def micro_loss(params: Any, windows_BW: jax.Array, number: jax.Array) -> jax.Array:
+        rngs = {"dropout": jax.random.fold_in(key, number)} if config.model.dropout else None
         if config.model.lora_rank:
             params = freeze(params)
         return loss_sum(model, params, windows_BW, rngs)[0] / n_targets
 
     if len(windows_ABW) == 1:
-        return jax.value_and_grad(micro_loss)(params, windows_ABW[0], numbers[0])
+        return jax.value_and_grad(micro_loss)(params, windows_ABW[0], numbers_AS[0, 0])
 
     def accumulate(total: Any, micro: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(params, *micro)), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(accumulate, zero, (windows_ABW, numbers))[0]
+    return jax.lax.scan(accumulate, zero, (windows_ABW, numbers_AS.reshape(-1)))[0]
 
 
 def eval_step(config: Config, params: Any, windows_ABW: Int[Array, "1 B W"]) -> Float[Array, "2"]:
@@ -193,12 +186,12 @@ def splits_of(config: Config, mesh: Mesh) -> int:
 
 
 def _jit_train_step(config: Config, mesh: Mesh, split: Any) -> Any:
-    on_cpu, only_data = mesh.devices.flat[0].platform == "cpu", mesh.size == mesh.shape["data"] > 1
-    splits = splits_of(config, mesh)
-    masked = config.model.dropout > 0 and splits % mesh.shape["data"] != 0
-    apart = on_cpu and only_data and not masked and not config.model.lora_rank
+    on_cpu, n_data, splits = mesh.devices.flat[0].platform == "cpu", mesh.shape["data"], splits_of(config, mesh)
+    apart = on_cpu and mesh.size == n_data > 1 and not config.model.lora_rank
+    if apart and not config.model.dropout:  # with it splits stay as they are, so that any devices draw the same masks
+        splits *= n_data
     return jax.jit(
-        partial(train_step, config, splits=splits, apart=apart),
+        partial(train_step, config, splits=splits, apart=apart and splits % n_data == 0),
         in_shardings=(split, batch_sharding(mesh)),
         out_shardings=(split, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
