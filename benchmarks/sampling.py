@@ -1,10 +1,12 @@
-"""Sampling: ours, nanoGPT's own loop and transformers with its cache: python -m benchmarks.sampling [--json]
+"""Sampling: ours, nanoGPT's loop, transformers with its cache and CTranslate2: python -m benchmarks.sampling [--json]
 
 From one token, 250 tokens of the character model and 100 of GPT-2 124M, temperature 0.8, of the 200 likeliest;
 milliseconds a token. The limit is the time to read every weight once, at the rate of memory measured in the same run;
 a token of several streams has its part of it. The small model's weights fit a cache, so that it may beat that limit.
+CTranslate2 takes part where the rivals' interpreter has it: pip install ctranslate2.
 """
 
+import subprocess
 from functools import partial
 
 from benchmarks.paired import Contender, Result, in_turn, parser, show
@@ -25,15 +27,20 @@ def main() -> None:
         work, streams, n_tokens = WORKS[name]
         given = {"work": work, "streams": streams, "n_tokens": n_tokens}
         ours = [partial(Contender, "works:our_sampling", dtype=dtype, **given) for dtype in arguments.dtypes]
-        rivals = {"nanoGPT": "works:nanogpt_sampling", "transformers": "works:transformers_sampling"}
-        others = [partial(Contender, make, arguments.rival_python, **given) for make in rivals.values()]
+        rivals: dict[str, tuple[str, dict[str, str]]] = {
+            "nanoGPT's float32": ("works:nanogpt_sampling", {}),
+            "transformers's float32": ("works:transformers_sampling", {}),
+        }
+        if not subprocess.run([arguments.rival_python, "-c", "import ctranslate2"], capture_output=True).returncode:
+            rivals |= {f"CTranslate2's {d}": ("works:ctranslate2_sampling", {"dtype": d}) for d in ("float32", "int8")}
+        others = [partial(Contender, make, arguments.rival_python, **given, **more) for make, more in rivals.values()]
         *done, memory = in_turn([*ours, *others, partial(Contender, "works:memory")], arguments.rounds)
         results = []
         for dtype, mine in zip(arguments.dtypes, done, strict=False):
             limit = 1e3 * mine.facts["bytes"] / 1e9 * min(memory.values) / streams
             for rival, other in zip(rivals, done[len(ours) :], strict=True):
                 many = f"{streams} stream{'s' if streams > 1 else ''}"
-                title = f"sampling, {work}, {many}, {dtype}, against {rival}'s float32"
+                title = f"sampling, {work}, {many}, {dtype}, against {rival}"
                 results.append(Result.of(title, 1e3 * mine.median, 1e3 * other.median, "ms a token", limit))
         show(results, arguments.json, header=i == 0)
 

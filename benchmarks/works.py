@@ -1,5 +1,6 @@
 """What contenders do; each function returns facts and a function that does the work once and returns its seconds."""
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -184,18 +185,25 @@ def nanogpt_sampling(work: str, streams: int, n_tokens: int) -> Work:
     return {"torch": torch.__version__}, run
 
 
+def _transformers_gpt2(config: ModelConfig) -> Any:
+    """transformers' GPT-2 of these sizes, of random weights."""
+    import torch
+    import transformers
+
+    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+    torch.manual_seed(0)
+    names = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=config.vocab_size, n_positions=config.block_size, **sizes, **names)
+    ).eval()
+
+
 def transformers_sampling(work: str, streams: int, n_tokens: int) -> Work:
     """Seconds a token of transformers' GPT-2 with its cache, by its own `generate`."""
     import torch
     import transformers
 
-    config = config_of(work).model
-    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
-    torch.manual_seed(0)
-    names = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=config.vocab_size, n_positions=config.block_size, **sizes, **names)
-    ).eval()
+    model = _transformers_gpt2(config_of(work).model)
 
     @torch.no_grad()
     def run() -> float:
@@ -205,6 +213,41 @@ def transformers_sampling(work: str, streams: int, n_tokens: int) -> Work:
         return (time.perf_counter() - start) / (n_tokens * streams)
 
     return {"transformers": transformers.__version__}, run
+
+
+def ctranslate2_sampling(work: str, streams: int, n_tokens: int, dtype: str) -> Work:
+    """Seconds a token of CTranslate2's generator, of the weights of `transformers_sampling` in this type."""
+    import ctranslate2
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    from gptjax.host import n_cores
+
+    model = _transformers_gpt2(config_of(work).model)
+    model.config.bos_token_id = model.config.eos_token_id = 0  # its converter asks for both, and for names of tokens
+    names = Tokenizer(models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0"))
+    special = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "t0")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/transformers")
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=names, **special)
+        tokenizer.save_pretrained(f"{folder}/transformers")
+        ctranslate2.converters.TransformersConverter(f"{folder}/transformers").convert(f"{folder}/converted")
+        generator = ctranslate2.Generator(
+            f"{folder}/converted", compute_type=dtype, inter_threads=1, intra_threads=n_cores()
+        )
+
+    def run() -> float:
+        start = time.perf_counter()
+        generator.generate_batch(
+            [["t1"]] * streams,
+            min_length=n_tokens,
+            max_length=n_tokens,
+            sampling_topk=min(200, model.config.vocab_size),
+            sampling_temperature=0.8,
+        )
+        return (time.perf_counter() - start) / (n_tokens * streams)
+
+    return {"ctranslate2": ctranslate2.__version__}, run
 
 
 def our_batches(folder: str, block_size: int, batch_size: int) -> Work:
