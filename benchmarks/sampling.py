@@ -23,6 +23,9 @@ def main() -> None:
     options = parser(__doc__, tuple(WORKS))
     options.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "int8"), default=["float32"])
     arguments = options.parse_args()
+    has_ctranslate2 = not subprocess.run(
+        [arguments.rival_python, "-c", "import ctranslate2"], capture_output=True
+    ).returncode
     for i, name in enumerate(arguments.works):
         work, streams, n_tokens = WORKS[name]
         given = {"work": work, "streams": streams, "n_tokens": n_tokens}
@@ -31,14 +34,16 @@ def main() -> None:
             "nanoGPT's float32": ("works:nanogpt_sampling", {}),
             "transformers's float32": ("works:transformers_sampling", {}),
         }
-        if not subprocess.run([arguments.rival_python, "-c", "import ctranslate2"], capture_output=True).returncode:
-            rivals |= {f"CTranslate2's {d}": ("works:ctranslate2_sampling", {"dtype": d}) for d in ("float32", "int8")}
+        for dtype in arguments.dtypes if has_ctranslate2 else ():
+            rivals |= {f"CTranslate2's {dtype}": ("works:ctranslate2_sampling", {"dtype": dtype})}
         others = [partial(Contender, make, arguments.rival_python, **given, **more) for make, more in rivals.values()]
         *done, memory = in_turn([*ours, *others, partial(Contender, "works:memory")], arguments.rounds)
         results = []
         for dtype, mine in zip(arguments.dtypes, done, strict=False):
             limit = 1e3 * mine.facts["bytes"] / 1e9 * min(memory.values) / streams
             for rival, other in zip(rivals, done[len(ours) :], strict=True):
+                if rival.startswith("CTranslate2") and not rival.endswith(dtype):
+                    continue
                 many = f"{streams} stream{'s' if streams > 1 else ''}"
                 title = f"sampling, {work}, {many}, {dtype}, against {rival}"
                 results.append(Result.of(title, 1e3 * mine.median, 1e3 * other.median, "ms a token", limit))

@@ -238,13 +238,15 @@ def ctranslate2_sampling(work: str, streams: int, n_tokens: int, dtype: str) -> 
 
     def run() -> float:
         start = time.perf_counter()
-        generator.generate_batch(
+        answers = generator.generate_batch(
             [["t1"]] * streams,
+            include_prompt_in_result=False,
             min_length=n_tokens,
             max_length=n_tokens,
             sampling_topk=min(200, model.config.vocab_size),
             sampling_temperature=0.8,
         )
+        assert all(len(answer.sequences_ids[0]) == n_tokens for answer in answers)
         return (time.perf_counter() - start) / (n_tokens * streams)
 
     return {"ctranslate2": ctranslate2.__version__}, run

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Int8 weights that are converted at a time on a CPU: as float32 they stay in its cache. XLA gives a product of PART all
-# cores, and one of less a single core, which is quickest where its own cache has all of it.
+# Int8 weights that are converted at a time on a CPU, at most, of a large matrix and of one of less than twice PART: as
+# float32 they stay in the cache that all cores share, or in that of one core, which works alone on a small matrix.
 PART, SMALL_PART = 1 << 19, 1 << 15
 
 
