@@ -30,7 +30,7 @@ config = Config(
         logit_cap=15.0,
         zero_init=True,
         tied_head=False,
-        dropout=0.1,
+        dropout=0.05,
     ),
     optimizer=OptimizerConfig(
         learning_rate=5e-3,
@@ -43,5 +43,5 @@ config = Config(
         matrix_optimizer="muon",
         muon_learning_rate=0.05,
     ),
-    train=TrainConfig(max_steps=420, batch_size=16, eval_interval=140, save_interval=420, log_interval=10),
+    train=TrainConfig(max_steps=330, batch_size=16, eval_interval=110, save_interval=330, log_interval=10),
 )
