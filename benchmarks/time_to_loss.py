@@ -25,7 +25,7 @@ def ours(corpus: Path, config: str, dtype: str) -> tuple[float, float]:
         environment |= {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs" / config)]
         command += ["--data.source", str(corpus.resolve()), "--out_dir", "run", "--model.dtype", dtype]
-        start, seconds, best, losses = time.perf_counter(), dict[str, float](), "", list[float]()
+        start, seconds, best, loss = time.perf_counter(), dict[str, float](), "", 0.0
         with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 if match := re.search(r"^step ([\d,]+): validation loss", line):
@@ -33,9 +33,9 @@ def ours(corpus: Path, config: str, dtype: str) -> tuple[float, float]:
                 elif match := re.search(r"best validation loss .* at step ([\d,]+)", line):
                     best = match[1]
                 elif match := re.search(r"bits per character there .*\((\d+\.\d+) nats\)", line):
-                    losses.append(float(match[1]))
+                    loss = float(match[1])
         assert process.returncode == 0
-    return seconds[best], losses[0]
+    return seconds[best], loss
 
 
 def rival(corpus: Path, python: str) -> tuple[float, float]:
