@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gptjax.products import multiply
 from gptjax.sharding import BATCH_AXES, mesh_in_use
 
 SPLASH_BLOCK = 1024  # queries and keys in a block of the TPU kernel, at most
@@ -31,15 +32,15 @@ def causal_attention(
     inputs are; the result has the inputs' dtype. Sources: "Attention Is All You Need", section 3.2.1; "GQA", 2.2.
     """
     (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32)
+    q_BKQH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)
+    scores_BKQS = multiply(q_BKQH, jnp.moveaxis(k_BTKH, 1, 3), jnp.float32)
     seen_bTS = jnp.tril(jnp.ones((1, T, T), bool))
     if document_BT is not None:
         seen_bTS &= document_BT[:, :, None] == document_BT[:, None]
-    scores_BNTS = jnp.where(seen_bTS[:, None], scores_BKGTS.reshape(B, N, T, T) * H**-0.5, -jnp.inf)
+    scores_BNTS = jnp.where(seen_bTS[:, None], scores_BKQS.reshape(B, N, T, T) * H**-0.5, -jnp.inf)
     weights_BNTS = dropout(jax.nn.softmax(scores_BNTS).astype(v_BTKH.dtype))
-    y_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BNTS.reshape(B, K, N // K, T, T), v_BTKH)
-    return y_BTKGH.reshape(B, T, N, H)
+    y_BKQH = multiply(weights_BNTS.reshape(B, K, -1, T), jnp.moveaxis(v_BTKH, 1, 2))
+    return jnp.moveaxis(y_BKQH.reshape(B, N, T, H), 1, 2)
 
 
 def cached_attention(

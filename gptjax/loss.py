@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gptjax.products import multiply
 from gptjax.sharding import BATCH_AXES, mesh_in_use
 
 PIECE_BYTES = 256 << 20  # of float32 logits on one device
@@ -107,7 +108,9 @@ def _scan(
 
     def piece(carry: Any, inputs: Any) -> Any:
         (nats, dhead_VD), (x_BtD, targets_Bt) = carry, inputs
-        logits_BtV = jnp.einsum("BtD,VD->BtV", x_BtD, head_VD, preferred_element_type=jnp.float32)
+        (b, t, _), V = x_BtD.shape, head_VD.shape[0]
+        x_RD = x_BtD.reshape(b * t, -1)
+        logits_BtV = multiply(x_RD, head_VD.T, jnp.float32).reshape(b, t, V)
         if logit_cap:
             tanh_BtV = jnp.tanh(logits_BtV / logit_cap)
             logits_BtV = logit_cap * tanh_BtV
@@ -124,9 +127,9 @@ def _scan(
         dlogits_BtV = (jnp.exp(logits_BtV - log_sum_Bt1) - hit_BtV) * counts_Bt[:, :, None]
         if logit_cap:
             dlogits_BtV *= 1 - jnp.square(tanh_BtV)
-        dlogits_BtV = dlogits_BtV.astype(x_BtD.dtype)
-        dx_BtD = over_axis(jax.lax.psum, jnp.einsum("BtV,VD->BtD", dlogits_BtV, head_VD))
-        dhead_VD += jnp.einsum("BtV,BtD->VD", dlogits_BtV, x_BtD, preferred_element_type=jnp.float32)
+        dlogits_RV = dlogits_BtV.astype(x_BtD.dtype).reshape(b * t, V)
+        dx_BtD = over_axis(jax.lax.psum, multiply(dlogits_RV, head_VD)).reshape(b, t, -1)
+        dhead_VD += multiply(dlogits_RV.T, x_RD, jnp.float32)
         return (nats, dhead_VD), dx_BtD
 
     (B, T, D), t = x_BTD.shape, x_BTD.shape[1] // n_pieces

@@ -14,16 +14,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gptjax import matrices
 from gptjax.attention import cached_attention, causal_attention, sequence_attention
 from gptjax.config import ModelConfig
 from gptjax.matrices import MATRICES, Int8
+from gptjax.products import multiply
 from gptjax.sharding import constrain, gathered
 
 INIT_STD = 0.02  # GPT-2's code; section 2.3 of its paper adds 1/sqrt(number of residual branches)
 ROPE_LOW, ROPE_HIGH = 1.0, 4.0  # Llama 3: wavelengths in the original context below which, above which scaling changes
+PRODUCT = "product"  # what the backward pass keeps where all but matrix products is computed again
 HASH = 2654435761  # a prime near 2**32 over the golden ratio (Knuth, "The Art of Computer Programming", 6.4)
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
@@ -80,7 +83,7 @@ class Linear(nn.Module):
         else:
             kernel = self.param("kernel", init, (*in_shape, *self.features))
             kernel = gathered(kernel.astype(dtype), "/".join((*self.path, "kernel")))
-            y = rows @ kernel.reshape(n_in, n_out)
+            y = checkpoint_name(multiply(rows, kernel.reshape(n_in, n_out)), PRODUCT)
         if config.lora_rank and self.name in config.lora_layers.split(","):
             rank = config.lora_rank
             a = self.param("lora_a", nn.initializers.normal(n_in**-0.5), (n_in, rank)).astype(dtype)
@@ -143,7 +146,7 @@ class MLP(nn.Module):
             gate_BTF = Linear(config, (config.mlp_features,), use_bias=config.bias, name="gate")(x_BTD)
             h_BTF = activation(gate_BTF) * h_BTF
         else:
-            h_BTF = activation(h_BTF)
+            h_BTF = activation(h_BTF.astype(jnp.float32)).astype(h_BTF.dtype)
         down = Linear(config, (config.n_embd,), use_bias=config.bias, residual=True, name="down")
         return Dropout(config.dropout)(down(h_BTF))
 
@@ -187,7 +190,7 @@ class GPT(nn.Module):
         self.embedding_dropout = Dropout(config.dropout)
         block = Block
         if config.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+            policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if config.remat == "dots" else None
             block = nn.remat(Block, policy=policy, prevent_cse=config.layers == "unrolled")
         self.layers = nn.scan(
             block,

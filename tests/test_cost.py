@@ -40,6 +40,16 @@ def test_what_remat_computes_again_counts_again():
     assert again == 4 * once
 
 
+def test_a_layers_products_are_kept_or_computed_again_as_remat_says():
+    counted = {remat: step_flops("plain", layers="looped", remat=remat)[0] for remat in ("none", "dots", "full")}
+    model = step_flops("plain")[1].model
+    places = 4 * model.block_size * model.n_layer
+    attention = 4 * model.block_size * model.n_embd * places  # scores, and values by weights
+    assert counted["dots"] - counted["none"] == attention
+    # 4 matrices of attention and "up": no gradient needs what "down" gives.
+    assert counted["full"] - counted["none"] == attention + 2 * 8 * model.n_embd**2 * places
+
+
 def test_shard_map_counts_on_every_device():
     mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
     split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))
