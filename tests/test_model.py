@@ -179,13 +179,17 @@ def record(module_class, config, params, tokens_BT, key=None):
         if isinstance(context.module, module_class) and context.method_name == "__call__":
             # The path of modules in the scan begins at the scanned block; a callback's closure must not hold tracers.
             path = "/".join(context.module.path)
-            jax.debug.callback(lambda x, y: calls[path].append((np.array(x), np.array(y))), arguments[0], y)
+
+            def keep(x, y):
+                calls[path].append((np.array(x), np.array(y)))
+                return y
+
+            y = jax.pure_callback(keep, jax.ShapeDtypeStruct(y.shape, y.dtype), arguments[0], y)
         return y
 
     with nn.intercept_methods(interceptor):
         # Compiled anew in every call, since what is intercepted is traced: __wrapped__ is the function before jit.
         jax.block_until_ready(jax.jit(partial(logits_of.__wrapped__, config))(params, tokens_BT, key))
-    jax.effects_barrier()
     return calls
 
 
