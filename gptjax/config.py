@@ -121,7 +121,7 @@ class ModelConfig(Section):
         "none", "computed again in the backward pass to save memory: nothing, all but matrix products, or whole layers"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of activations; auto: bfloat16 on TPU and GPU, float32 on CPU"
+        "auto", "of activations; auto: bfloat16 on TPU, GPU and CPUs that multiply it faster, else float32"
     )
 
     def validate(self) -> None:

@@ -23,6 +23,7 @@ from gptjax.data.prepare import Dataset, load_dataset
 from gptjax.data.token_files import Tokens
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, generate
+from gptjax.host import multiplies_bfloat16
 from gptjax.metrics import Metrics
 from gptjax.origin import Origin, open_origin, resumed
 from gptjax.run import flat, load_run, require_resumable, write_atomically
@@ -230,7 +231,7 @@ def resolve(config: Config, dataset: Dataset) -> Config:
         raise UserError(f"model.vocab_size={vocab_size} is less than the tokenizer's {n_tokens}; leave it out")
     dtype = config.model.dtype
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "bfloat16" if jax.default_backend() != "cpu" or multiplies_bfloat16() else "float32"
     return replace(config, model=replace(config.model, vocab_size=vocab_size or n_tokens, dtype=dtype))
 
 

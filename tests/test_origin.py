@@ -42,6 +42,7 @@ SIDE = {
 }
 STEPS = ["--train.max_steps", "4", "--train.batch_size", "4", "--train.eval_interval", "2", "--mesh.data", "1"]
 STEPS += ["--optimizer.warmup_steps", "0", "--optimizer.learning_rate", "0.01", "--train.log_interval", "1"]
+STEPS += ["--model.dtype", "float32"]
 
 
 @pytest.fixture(scope="module", autouse=True)
