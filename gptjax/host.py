@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 M_TOP_PAD, M_MMAP_THRESHOLD = -2, -3  # of glibc's malloc.h
@@ -63,8 +64,9 @@ def keep_freed_memory() -> None:
         _ = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)  # older ones allow no more
 
 
+@cache
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32, and this jax has it do so (from 0.12 on, on x86)."""
+    """Whether this CPU multiplies bfloat16 faster than float32, and this jax has it do so (from 0.12 on)."""
     import jax
 
     if jax.__version_info__ < (0, 12):

@@ -8,23 +8,24 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from gptjax.host import multiplies_bfloat16
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def multiply(x: Float[Array, "*J R D"], w: Float[Array, "*J D F"], dtype: Any = None) -> Float[Array, "*J R F"]:
     """x @ w of one dtype, added up in float32; the result in `dtype`, by default theirs.
 
-    The gradients are products of the inputs' dtype too, whatever the result's is. On a CPU every matrix is first
-    written by rows: XLA multiplies bfloat16 by what the CPU has for it only if both lie so, and else as float32.
+    The gradients are products of the inputs' dtype too, whatever the result's is. On a CPU that multiplies bfloat16
+    faster than float32 each matrix of it is first written by rows: XLA multiplies all others as float32.
     """
+    product = partial(jnp.matmul, preferred_element_type=dtype)
+    if x.dtype != jnp.bfloat16 or not multiplies_bfloat16():
+        return product(x, w)
 
     def by_rows(x: jax.Array) -> jax.Array:
         return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
-    def on_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
-        return product(by_rows(x), by_rows(w)) if x.dtype == jnp.bfloat16 else product(x, w)
-
-    product = partial(jnp.matmul, preferred_element_type=dtype)
-    return jax.lax.platform_dependent(x, w, cpu=on_cpu, default=product)
+    return jax.lax.platform_dependent(x, w, cpu=lambda x, w: product(by_rows(x), by_rows(w)), default=product)
 
 
 def _forward(x: jax.Array, w: jax.Array, dtype: Any) -> Any:
