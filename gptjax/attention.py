@@ -29,7 +29,8 @@ def causal_attention(
     """softmax(q kᵀ / √H) v, where the query at a place sees the keys up to it, with documents those of its own alone.
 
     Query heads that follow each other share a key head, N / K of them. Scores and softmax are float32 whatever the
-    inputs are; the result has the inputs' dtype. Sources: "Attention Is All You Need", section 3.2.1; "GQA", 2.2.
+    inputs are; the result and the gradients' products have the inputs' dtype. Sources: "Attention Is All You Need",
+    section 3.2.1; "GQA", 2.2.
     """
     (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
     q_BKQH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)

@@ -57,22 +57,24 @@ class LanguageModel:
     def load(cls, name: str, which: Literal["best", "latest"] = "best", dtype: Dtype = "auto") -> "LanguageModel":
         """The model in a run's or a Hugging Face folder, in a ckpt.pt of nanoGPT, or of a name on the hub.
 
-        A run's weights are float32, others have the `dtype` of activations; "auto" is a run's own, else bfloat16 on
-        GPU and TPU and float32 on CPU. "int8" is auto with the weights rounded to int8.
+        A run's weights are float32, others have the `dtype` of activations; "auto" is float32 on CPU, where a token
+        takes longer in bfloat16, and on GPU and TPU a run's own, else bfloat16. "int8" is auto with the weights rounded
+        to int8.
 
         Raises:
             UserError: there is no such model, or it is damaged.
         """
         path, wanted = locate(name), dtype
         dtype = "auto" if dtype == "int8" else dtype
+        if dtype == "auto" and jax.default_backend() == "cpu":
+            dtype = "float32"
         if holds_run(path):
             run, params, tokenizer = load_run(path, which)
             config, seen = run.model, None if run.init_from else trained_tokens(path, which)
             config = config if dtype == "auto" else replace(config, dtype=dtype)
         else:
             weights, seen = open_weights(path), None
-            on_cpu = jax.default_backend() == "cpu"
-            chosen = dtype if dtype != "auto" else "float32" if on_cpu else "bfloat16"
+            chosen = "bfloat16" if dtype == "auto" else dtype
             config = replace(weights.config, dtype=chosen)
             tokenizer = Tokenizer.from_name_or_path(tokenizer_of(path, config))
             abstract = jax.eval_shape(lambda: draw_params(config, 0))

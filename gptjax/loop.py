@@ -71,7 +71,7 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
     dataset = distributed.after_first("data", lambda: load_dataset(config.data))
     if origin:
         origin.require_fit(dataset, run_dir)
-    config = resolve(config, dataset)
+    config = resolve(config, dataset, saved)
     distributed.require_same("config", {"data": dataset.fingerprint(), "jax": jax.__version__} | flat(config))
     mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate, state_bytes(config))
     config = replace(config, mesh=MeshConfig(**mesh.shape))  # what a resumed run needs to be the same bit for bit
@@ -215,8 +215,10 @@ def _put_windows(run: Run, tokens: Tokens, starts_AB: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(shape, split, part)
 
 
-def resolve(config: Config, dataset: Dataset) -> Config:
+def resolve(config: Config, dataset: Dataset, saved: Config | None = None) -> Config:
     """The config with what the data and the hardware decide: the vocabulary's size and the activations' dtype.
+
+    A run that goes on keeps the dtype that it was saved with, whatever hardware it goes on with.
 
     Raises:
         UserError: the vocabulary is too small for the tokenizer, or the text too short for a block.
@@ -230,7 +232,9 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     if 0 < vocab_size < n_tokens:
         raise UserError(f"model.vocab_size={vocab_size} is less than the tokenizer's {n_tokens}; leave it out")
     dtype = config.model.dtype
-    if dtype == "auto":
+    if dtype == "auto" and saved:
+        dtype = saved.model.dtype
+    elif dtype == "auto":
         dtype = "bfloat16" if jax.default_backend() != "cpu" or multiplies_bfloat16() else "float32"
     return replace(config, model=replace(config.model, vocab_size=vocab_size or n_tokens, dtype=dtype))
 

@@ -108,9 +108,9 @@ def _scan(
 
     def piece(carry: Any, inputs: Any) -> Any:
         (nats, dhead_VD), (x_BtD, targets_Bt) = carry, inputs
-        (b, t, _), V = x_BtD.shape, head_VD.shape[0]
-        x_RD = x_BtD.reshape(b * t, -1)
-        logits_BtV = multiply(x_RD, head_VD.T, jnp.float32).reshape(b, t, V)
+        rows_RD = x_BtD.reshape(-1, x_BtD.shape[-1])  # R is B t
+        logits_RV = multiply(rows_RD, head_VD.T, jnp.float32)
+        logits_BtV = logits_RV.reshape(*x_BtD.shape[:2], -1)
         if logit_cap:
             tanh_BtV = jnp.tanh(logits_BtV / logit_cap)
             logits_BtV = logit_cap * tanh_BtV
@@ -127,9 +127,9 @@ def _scan(
         dlogits_BtV = (jnp.exp(logits_BtV - log_sum_Bt1) - hit_BtV) * counts_Bt[:, :, None]
         if logit_cap:
             dlogits_BtV *= 1 - jnp.square(tanh_BtV)
-        dlogits_RV = dlogits_BtV.astype(x_BtD.dtype).reshape(b * t, V)
-        dx_BtD = over_axis(jax.lax.psum, multiply(dlogits_RV, head_VD)).reshape(b, t, -1)
-        dhead_VD += multiply(dlogits_RV.T, x_RD, jnp.float32)
+        dlogits_RV = dlogits_BtV.astype(x_BtD.dtype).reshape(logits_RV.shape)
+        dx_BtD = over_axis(jax.lax.psum, multiply(dlogits_RV, head_VD)).reshape(x_BtD.shape)
+        dhead_VD += multiply(dlogits_RV.T, rows_RD, jnp.float32)
         return (nats, dhead_VD), dx_BtD
 
     (B, T, D), t = x_BTD.shape, x_BTD.shape[1] // n_pieces

@@ -3,11 +3,13 @@
 Nothing here knows of devices, but for the names of the axes that are split. Every local array carries its shape in
 its name:
     B batch (b: B, or 1 where rows are alike)    T query length    S key length    D model width    L layers
-    N heads    K key/value heads    M N + 2 K    J B K    H head width    F MLP width    V vocabulary (padded)
+    N heads    K key/value heads    M N + 2 K    J B K    Q N / K x T    H head width    F MLP width
+    V vocabulary (padded)
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -83,13 +85,13 @@ class Linear(nn.Module):
         else:
             kernel = self.param("kernel", init, (*in_shape, *self.features))
             kernel = gathered(kernel.astype(dtype), "/".join((*self.path, "kernel")))
-            y = checkpoint_name(multiply(rows, kernel.reshape(n_in, n_out)), PRODUCT)
+            y = multiply(rows, kernel.reshape(n_in, n_out))
         if config.lora_rank and self.name in config.lora_layers.split(","):
             rank = config.lora_rank
             a = self.param("lora_a", nn.initializers.normal(n_in**-0.5), (n_in, rank)).astype(dtype)
             b = self.param("lora_b", nn.initializers.zeros, (rank, *self.features)).astype(dtype)
-            y += (rows @ a) @ b.reshape(rank, n_out) * (config.lora_alpha / rank)
-        y = y.reshape(*x.shape[: x.ndim - self.n_in], *self.features)
+            y += multiply(multiply(rows, a), b.reshape(rank, n_out)) * (config.lora_alpha / rank)
+        y = checkpoint_name(y, PRODUCT).reshape(*x.shape[: x.ndim - self.n_in], *self.features)
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, self.features).astype(dtype)
@@ -140,13 +142,20 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        config, activation = self.config, ACTIVATIONS[self.config.activation]
+        config = self.config
+
+        # In float32, rounded once: bfloat16 is rounded after every operation, which on CPUs was a tenth of a step. Kept
+        # for the gradient is what goes in; of unrolled layers XLA may keep more.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def activation(x: jax.Array) -> jax.Array:
+            return ACTIVATIONS[config.activation](x.astype(jnp.float32)).astype(x.dtype)
+
         h_BTF = Linear(config, (config.mlp_features,), use_bias=config.bias, name="up")(x_BTD)
         if config.activation == "swiglu":
             gate_BTF = Linear(config, (config.mlp_features,), use_bias=config.bias, name="gate")(x_BTD)
             h_BTF = activation(gate_BTF) * h_BTF
         else:
-            h_BTF = activation(h_BTF.astype(jnp.float32)).astype(h_BTF.dtype)
+            h_BTF = activation(h_BTF)
         down = Linear(config, (config.n_embd,), use_bias=config.bias, residual=True, name="down")
         return Dropout(config.dropout)(down(h_BTF))
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
@@ -12,8 +13,10 @@ from gptjax.host import multiplies_bfloat16
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def multiply(x: Float[Array, "*J R D"], w: Float[Array, "*J D F"], dtype: Any = None) -> Float[Array, "*J R F"]:
-    """x @ w of one dtype, added up in float32; the result in `dtype`, by default theirs.
+def multiply(
+    x: Float[Array, "*batch R D"], w: Float[Array, "*batch D F"], dtype: Any = None
+) -> Float[Array, "*batch R F"]:
+    """x @ w, rows by a matrix, of one dtype, added up in float32; the result in `dtype`, by default theirs.
 
     The gradients are products of the inputs' dtype too, whatever the result's is. On a CPU that multiplies bfloat16
     faster than float32 each matrix of it is first written by rows: XLA multiplies all others as float32.
@@ -28,14 +31,18 @@ def multiply(x: Float[Array, "*J R D"], w: Float[Array, "*J D F"], dtype: Any = 
     return jax.lax.platform_dependent(x, w, cpu=lambda x, w: product(by_rows(x), by_rows(w)), default=product)
 
 
-def _forward(x: jax.Array, w: jax.Array, dtype: Any) -> Any:
-    return multiply(x, w, dtype), (x, w)
+def _forward(x: Any, w: Any, dtype: Any) -> Any:
+    """Keeps what a gradient that is wanted needs: frozen weights have none."""
+    kept = x.value if w.perturbed else None, w.value if x.perturbed else None
+    return multiply(x.value, w.value, dtype), kept
 
 
-def _backward(dtype: Any, kept: Any, dy: jax.Array) -> Any:
+def _backward(dtype: Any, kept: Any, dy: Any) -> Any:
     x, w = kept
-    dy = dy.astype(x.dtype)
-    return multiply(dy, w.mT), multiply(x.mT, dy)
+    if isinstance(dy, SymbolicZero):
+        return None, None
+    dy = dy.astype(w.dtype if x is None else x.dtype)
+    return None if w is None else multiply(dy, w.mT), None if x is None else multiply(x.mT, dy)
 
 
-multiply.defvjp(_forward, _backward)
+multiply.defvjp(_forward, _backward, symbolic_zeros=True)

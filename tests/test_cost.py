@@ -50,6 +50,15 @@ def test_a_layers_products_are_kept_or_computed_again_as_remat_says():
     assert counted["full"] - counted["none"] == attention + 2 * 8 * model.n_embd**2 * places
 
 
+def test_frozen_weights_have_no_gradient():
+    trained, config, params = step_flops("plain")
+    places = 4 * config.model.block_size
+    lora = step_flops("plain", lora_rank=8, lora_layers="query,value")[0]
+    # The gradients by kernels and embedding go, and those of the first layer's inputs are still wanted by its query.
+    frozen = 2 * (matmul_params(params) - config.model.padded_vocab_size * config.model.n_embd) * places
+    assert 0.7 * frozen < trained - lora < frozen
+
+
 def test_shard_map_counts_on_every_device():
     mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
     split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))

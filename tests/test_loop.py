@@ -130,6 +130,16 @@ def test_a_run_resumes_on_other_meshes(data, tmp_path):
     np.testing.assert_allclose(*[columns["val_loss"][-1] for columns in rows], rtol=1e-5)
 
 
+def test_auto_is_a_dtype_of_the_hardware_and_stays_that_of_a_run_that_goes_on(data, monkeypatch):
+    auto, dataset = config_with(data, model=replace(MODEL, dtype="auto")), load_dataset(data)
+    for able, dtype, other in ((True, "bfloat16", "float32"), (False, "float32", "bfloat16")):
+        monkeypatch.setattr(loop, "multiplies_bfloat16", lambda able=able: able)
+        assert resolve(auto, dataset).model.dtype == dtype
+        saved = replace(auto, model=replace(MODEL, dtype=other))
+        assert resolve(auto, dataset, saved).model.dtype == other
+        assert resolve(replace(auto, model=replace(MODEL, dtype=dtype)), dataset, saved).model.dtype == dtype
+
+
 @pytest.mark.slow
 def test_a_changed_text_is_not_resumed_on(data, tmp_path):
     text = tmp_path / "text.txt"
