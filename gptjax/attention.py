@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -90,82 +89,82 @@ def sequence_attention(
 def _blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, document_BT: Any) -> jax.Array:
     """The pairs of a block of queries and a block of keys that causality leaves, one after the other.
 
-    In blocks' names P counts them, t is the place in a block of queries, s in one of keys, G the heads of a group.
+    In blocks' names P counts them, t is the place in one, and Q are the N / K x t queries that share a key head.
     """
     (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
     size = min(BLOCK, T)
     padding = -T % size  # behind all queries, so that none sees it
 
     def blocks(x: jax.Array) -> jax.Array:
+        """[B, T, ...] as [P, B, ..., t]; features stay last."""
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), (1, 2), (0, max(2, x.ndim - 1)))
 
-    q_PBtKGH = blocks(q_BTNH.reshape(B, T, K, N // K, H))
+    q_PBKQH = blocks(q_BTNH.reshape(B, T, K, N // K, H)).reshape(-1, B, K, N // K * size, H)
     document_PBt = None if document_BT is None else blocks(document_BT)
-    y_PBtKGH = _attend_blocks(q_PBtKGH, blocks(k_BTKH), blocks(v_BTKH), document_PBt)
-    return jnp.moveaxis(y_PBtKGH, 0, 1).reshape(B, T + padding, N, H)[:, :T]
+    y_PBKQH = _attend_blocks(q_PBKQH, blocks(k_BTKH), blocks(v_BTKH), document_PBt)
+    y_PBNtH = y_PBKQH.reshape(-1, B, N, size, H)
+    return jnp.moveaxis(y_PBNtH, (0, 3), (1, 2)).reshape(B, T + padding, N, H)[:, :T]
 
 
 @jax.custom_vjp
-def _attend_blocks(q_PBtKGH: Any, k_PBsKH: Any, v_PBsKH: Any, document_PBt: Any) -> Any:
-    return _attend_forward(q_PBtKGH, k_PBsKH, v_PBsKH, document_PBt)[0]
+def _attend_blocks(q_PBKQH: Any, k_PBKtH: Any, v_PBKtH: Any, document_PBt: Any) -> Any:
+    return _attend_forward(q_PBKQH, k_PBKtH, v_PBKtH, document_PBt)[0]
 
 
 def _block_scores(arrays: Any, i: Any, j: Any) -> jax.Array:
     """Scores of the queries of block i by the keys of block j, very low where the one does not see the other."""
-    q_PBtKGH, k_PBsKH, _, document_PBt = arrays
-    place_t = jnp.arange(k_PBsKH.shape[2])
-    seen_1ts = ((i - j) * len(place_t) + place_t[:, None] >= place_t[None])[None]
+    q_PBKQH, k_PBKtH, _, document_PBt = arrays
+    place_t = jnp.arange(k_PBKtH.shape[3])
+    n_groups = q_PBKQH.shape[3] // len(place_t)
+    place_Q = jnp.tile(place_t, n_groups)
+    seen_1Qt = ((i - j) * len(place_t) + place_Q[:, None] >= place_t[None])[None]
     if document_PBt is not None:
-        seen_1ts &= document_PBt[i][:, :, None] == document_PBt[j][:, None]
-    scores = jnp.einsum("BtKGH,BsKH->BKGts", q_PBtKGH[i], k_PBsKH[j], preferred_element_type=jnp.float32)
-    return jnp.where(seen_1ts[:, None, None], scores * q_PBtKGH.shape[-1] ** -0.5, LOW)
+        seen_1Qt &= jnp.tile(document_PBt[i], (1, n_groups))[:, :, None] == document_PBt[j][:, None]
+    scores_BKQt = multiply(q_PBKQH[i], k_PBKtH[j].mT, jnp.float32)
+    return jnp.where(seen_1Qt[:, None], scores_BKQt * q_PBKQH.shape[-1] ** -0.5, LOW)
 
 
 def _attend_forward(*arrays: Any) -> Any:
     """ "FlashAttention-2", algorithm 1: softmax from a running maximum and a running sum of each query's scores."""
-    q_PBtKGH, _, v_PBsKH, _ = arrays
-    P, B, t, K, G, H = q_PBtKGH.shape
+    q_PBKQH, _, v_PBKtH, _ = arrays
 
     def pair(carry: Any, ij: Any) -> Any:
         (most, total, y), (i, j) = carry, ij
-        scores_BKGts = _block_scores(arrays, i, j)
-        most_BKGt = jnp.maximum(most[i], jnp.max(scores_BKGts, axis=-1))
-        weights_BKGts = jnp.exp(scores_BKGts - most_BKGt[..., None])
-        kept_BKGt = jnp.exp(most[i] - most_BKGt)
-        part = weights_BKGts.astype(v_PBsKH.dtype)
-        part_BKGtH = jnp.einsum("BKGts,BsKH->BKGtH", part, v_PBsKH[j], preferred_element_type=jnp.float32)
-        total_BKGt = total[i] * kept_BKGt + jnp.sum(weights_BKGts, axis=-1)
-        y_BKGtH = y[i] * kept_BKGt[..., None] + part_BKGtH
-        return (most.at[i].set(most_BKGt), total.at[i].set(total_BKGt), y.at[i].set(y_BKGtH)), None
+        scores_BKQt = _block_scores(arrays, i, j)
+        most_BKQ = jnp.maximum(most[i], jnp.max(scores_BKQt, axis=-1))
+        weights_BKQt = jnp.exp(scores_BKQt - most_BKQ[..., None])
+        kept_BKQ = jnp.exp(most[i] - most_BKQ)
+        part_BKQH = multiply(weights_BKQt.astype(v_PBKtH.dtype), v_PBKtH[j], jnp.float32)
+        total_BKQ = total[i] * kept_BKQ + jnp.sum(weights_BKQt, axis=-1)
+        y_BKQH = y[i] * kept_BKQ[..., None] + part_BKQH
+        return (most.at[i].set(most_BKQ), total.at[i].set(total_BKQ), y.at[i].set(y_BKQH)), None
 
-    rows = (P, B, K, G, t)
-    start = (jnp.full(rows, LOW), jnp.zeros(rows), jnp.zeros((*rows, H)))
-    (most, total, y), _ = jax.lax.scan(pair, start, _pairs(P))
-    y_PBtKGH = jnp.moveaxis(y / total[..., None], 4, 2).astype(q_PBtKGH.dtype)
-    return y_PBtKGH, (arrays, y_PBtKGH, most + jnp.log(total))
+    rows = q_PBKQH.shape[:-1]
+    start = (jnp.full(rows, LOW), jnp.zeros(rows), jnp.zeros(q_PBKQH.shape))
+    (most, total, y), _ = jax.lax.scan(pair, start, _pairs(len(q_PBKQH)))
+    y_PBKQH = (y / total[..., None]).astype(q_PBKQH.dtype)
+    return y_PBKQH, (arrays, y_PBKQH, most + jnp.log(total))
 
 
-def _attend_backward(kept: Any, dy_PBtKGH: Any) -> Any:
+def _attend_backward(kept: Any, dy_PBKQH: Any) -> Any:
     """ "FlashAttention-2", algorithm 2: each pair's weights once more, from the logarithm of their sum."""
-    arrays, y_PBtKGH, log_total = kept
-    q_PBtKGH, k_PBsKH, v_PBsKH, _ = arrays
-    scale, dtype = q_PBtKGH.shape[-1] ** -0.5, q_PBtKGH.dtype
-    along = jnp.sum(y_PBtKGH.astype(jnp.float32) * dy_PBtKGH.astype(jnp.float32), axis=-1)
-    along_PBKGt = jnp.moveaxis(along, 2, 4)
-    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    arrays, y_PBKQH, log_total = kept
+    q_PBKQH, k_PBKtH, v_PBKtH, _ = arrays
+    scale, dtype = q_PBKQH.shape[-1] ** -0.5, q_PBKQH.dtype
+    along_PBKQ = jnp.sum(y_PBKQH.astype(jnp.float32) * dy_PBKQH.astype(jnp.float32), axis=-1)
 
     def pair(carry: Any, ij: Any) -> Any:
         (dq, dk, dv), (i, j) = carry, ij
         weights = jnp.exp(_block_scores(arrays, i, j) - log_total[i][..., None])
-        dv = dv.at[j].add(einsum("BKGts,BtKGH->BsKH", weights.astype(dtype), dy_PBtKGH[i]))
-        dweights = einsum("BtKGH,BsKH->BKGts", dy_PBtKGH[i], v_PBsKH[j])
-        dscores = (weights * (dweights - along_PBKGt[i][..., None]) * scale).astype(dtype)
-        dk = dk.at[j].add(einsum("BKGts,BtKGH->BsKH", dscores, q_PBtKGH[i]))
-        return (dq.at[i].add(einsum("BKGts,BsKH->BtKGH", dscores, k_PBsKH[j])), dk, dv), None
+        dv = dv.at[j].add(multiply(weights.astype(dtype).mT, dy_PBKQH[i], jnp.float32))
+        dweights = multiply(dy_PBKQH[i], v_PBKtH[j].mT, jnp.float32)
+        dscores = (weights * (dweights - along_PBKQ[i][..., None]) * scale).astype(dtype)
+        dk = dk.at[j].add(multiply(dscores.mT, q_PBKQH[i], jnp.float32))
+        return (dq.at[i].add(multiply(dscores, k_PBKtH[j], jnp.float32)), dk, dv), None
 
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in arrays[:3]]
-    gradients, _ = jax.lax.scan(pair, tuple(zeros), _pairs(len(q_PBtKGH)))
+    gradients, _ = jax.lax.scan(pair, tuple(zeros), _pairs(len(q_PBKQH)))
     return *[gradient.astype(x.dtype) for gradient, x in zip(gradients, arrays[:3], strict=True)], None
 
 
