@@ -23,7 +23,11 @@ class Arguments(Section):
         None, "a smaller model with the same tokens that guesses ahead: faster where it guesses well, else the same"
     )
     checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
-    dtype: Dtype = option("auto", "of activations, and of weights that no run made; int8: of weights alone")
+    dtype: Dtype = option(
+        "auto",
+        "of activations, and of weights that no run made; int8: of weights alone; auto: float32 on CPU, else a run's "
+        "own, or bfloat16",
+    )
     prompt: tuple[str, ...] = option((), "text to go on from, or several texts at once; none: a new line")
     prompt_file: str | None = option(None, "file to read the prompt from; -: standard input")
     chat: bool = option(False, "hold a conversation with an instruction model, line by line; an empty line ends it")

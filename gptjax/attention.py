@@ -116,11 +116,11 @@ def _block_scores(arrays: Any, i: Any, j: Any) -> jax.Array:
     """Scores of the queries of block i by the keys of block j, very low where the one does not see the other."""
     q_PBKQH, k_PBKtH, _, document_PBt = arrays
     place_t = jnp.arange(k_PBKtH.shape[3])
-    n_groups = q_PBKQH.shape[3] // len(place_t)
-    place_Q = jnp.tile(place_t, n_groups)
+    n_sharing = q_PBKQH.shape[3] // len(place_t)  # query heads that share a key head
+    place_Q = jnp.tile(place_t, n_sharing)
     seen_1Qt = ((i - j) * len(place_t) + place_Q[:, None] >= place_t[None])[None]
     if document_PBt is not None:
-        seen_1Qt &= jnp.tile(document_PBt[i], (1, n_groups))[:, :, None] == document_PBt[j][:, None]
+        seen_1Qt &= jnp.tile(document_PBt[i], (1, n_sharing))[:, :, None] == document_PBt[j][:, None]
     scores_BKQt = multiply(q_PBKQH[i], k_PBKtH[j].mT, jnp.float32)
     return jnp.where(seen_1Qt[:, None], scores_BKQt * q_PBKQH.shape[-1] ** -0.5, LOW)
 

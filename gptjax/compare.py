@@ -40,7 +40,11 @@ class Arguments(Section):
     seed: int = option(1337, "the same seed gives the same answers")
     out: str = option("compare", "the pages are named OUT.html and OUT.md")
     checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
-    dtype: Dtype = option("auto", "of activations, and of weights that no run made; int8: of weights alone")
+    dtype: Dtype = option(
+        "auto",
+        "of activations, and of weights that no run made; int8: of weights alone; auto: float32 on CPU, else a run's "
+        "own, or bfloat16",
+    )
 
     def validate(self) -> None:
         self.require(self.max_new_tokens > 0, "max_new_tokens", "is not positive")

@@ -166,6 +166,12 @@ class ModelConfig(Section):
             layers = "unrolled" if platform == "cpu" else "looped"
         return dataclasses.replace(self, attention=attention, layers=layers)
 
+    def sampled_on(self, platform: str) -> "ModelConfig":
+        """The config with the dtype of activations where no gradient is taken: float32 on a CPU, where a token takes
+        longer in bfloat16, else its own, or bfloat16."""
+        own = "bfloat16" if self.dtype == "auto" else self.dtype
+        return dataclasses.replace(self, dtype="float32" if platform == "cpu" else own)
+
     @property
     def head_width(self) -> int:
         return self.n_embd // self.n_head

@@ -40,7 +40,11 @@ class Arguments(Section):
         None, "text: tokens scored in each window, fewer give each more to go on; none: all, each window on its own"
     )
     checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
-    dtype: Dtype = option("auto", "of activations, and of weights that no run made; int8: of weights alone")
+    dtype: Dtype = option(
+        "auto",
+        "of activations, and of weights that no run made; int8: of weights alone; auto: float32 on CPU, else a run's "
+        "own, or bfloat16",
+    )
     json: bool = option(False, "print one JSON object in place of lines to read")
 
     def validate(self) -> None:

@@ -64,21 +64,22 @@ class LanguageModel:
         Raises:
             UserError: there is no such model, or it is damaged.
         """
-        path, wanted = locate(name), dtype
-        dtype = "auto" if dtype == "int8" else dtype
-        if dtype == "auto" and jax.default_backend() == "cpu":
-            dtype = "float32"
+        path = locate(name)
+
+        def chosen(config: ModelConfig) -> ModelConfig:
+            if dtype == "float32" or dtype == "bfloat16":
+                return replace(config, dtype=dtype)
+            return config.sampled_on(jax.default_backend())
+
         if holds_run(path):
             run, params, tokenizer = load_run(path, which)
-            config, seen = run.model, None if run.init_from else trained_tokens(path, which)
-            config = config if dtype == "auto" else replace(config, dtype=dtype)
+            config, seen = chosen(run.model), None if run.init_from else trained_tokens(path, which)
         else:
             weights, seen = open_weights(path), None
-            chosen = "bfloat16" if dtype == "auto" else dtype
-            config = replace(weights.config, dtype=chosen)
+            config = chosen(weights.config)
             tokenizer = Tokenizer.from_name_or_path(tokenizer_of(path, config))
             abstract = jax.eval_shape(lambda: draw_params(config, 0))
-            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, chosen), abstract)
+            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.dtype), abstract)
             params = load_params(weights, config, with_shardings(one_device(), abstract))
             if tokenizer.vocab_size > config.vocab_size:
                 raise UserError(
@@ -87,7 +88,7 @@ class LanguageModel:
                 )
         folder = path if path.is_dir() else path.parent
         config, params = merge_lora(config, params)
-        if wanted == "int8":
+        if dtype == "int8":
             params = quantize(params)
         variables = chat.special_tokens(folder)
         stops, defaults = _manners(folder, tokenizer, variables)

@@ -322,7 +322,8 @@ def _sample(run: Run) -> str | None:
     if n_bytes > memory(run.mesh.local_devices[0]) / 2:
         return None
     config, params, tokenizer = load_run(run.folder, "best")
-    chunks = generate(config.model, params, [tokenizer.prompt()], 400, Sampling(temperature=0.8), seeds=[0])
+    model = config.model.sampled_on(jax.default_backend())
+    chunks = generate(model, params, [tokenizer.prompt()], 400, Sampling(temperature=0.8), seeds=[0])
     return tokenizer.decode(np.hstack([chunk.tokens_BC for chunk in chunks])[0]).strip("\n")
 
 

@@ -90,7 +90,9 @@ class Linear(nn.Module):
             rank = config.lora_rank
             a = self.param("lora_a", nn.initializers.normal(n_in**-0.5), (n_in, rank)).astype(dtype)
             b = self.param("lora_b", nn.initializers.zeros, (rank, *self.features)).astype(dtype)
-            y += multiply(multiply(rows, a), b.reshape(rank, n_out)) * (config.lora_alpha / rank)
+            y += multiply(checkpoint_name(multiply(rows, a), PRODUCT), b.reshape(rank, n_out)) * (
+                config.lora_alpha / rank
+            )
         y = checkpoint_name(y, PRODUCT).reshape(*x.shape[: x.ndim - self.n_in], *self.features)
         if not self.use_bias:
             return y

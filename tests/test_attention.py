@@ -18,7 +18,7 @@ from gptjax.attention import cached_attention, causal_attention, sequence_attent
     [
         ("splash", 2, 2, 128, 1024),
         pytest.param("splash", 4, 2, 256, 128, marks=pytest.mark.slow),
-        ("blockwise", 2, 2, 100, 32),
+        ("blockwise", 4, 2, 100, 32),
         ("blockwise", 4, 2, 64, 64),
     ],
 )

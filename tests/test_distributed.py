@@ -25,7 +25,7 @@ from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trai
 
 config = Config(
     data=DataConfig(source="text.txt"),
-    model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16),
+    model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, dtype="float32"),
     optimizer=OptimizerConfig(warmup_steps=2, decay_steps=20, learning_rate=1e-2),
     train=TrainConfig(batch_size=8, max_steps=20, eval_interval=20, eval_batches=4, save_interval=10, log_interval=1),
 )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import host, products
+from gptjax import attention, host, products
 from gptjax.config import ModelConfig
 from gptjax.model import GPT
 from gptjax.products import multiply
@@ -56,16 +56,22 @@ def test_weights_that_are_frozen_have_no_gradient_and_keep_nothing():
     np.testing.assert_array_equal(unused, np.ones((5, 3)))
 
 
-@pytest.mark.parametrize("fields", [{}, {"activation": "swiglu", "n_kv_head": 1, "tied_head": False}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"activation": "swiglu", "n_kv_head": 1, "tied_head": False}, {"attention": "blockwise"}],
+    ids=str,
+)
 def test_a_training_step_multiplies_everything_by_rows(monkeypatch, fields):
     """Layers, attention and head, in the gradient too: no product is left that XLA would make one of float32."""
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(attention, "BLOCK", 16)
     config = ModelConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=64, block_size=32, dtype="bfloat16", **fields)
     params = jax.eval_shape(lambda: GPT(replace(config, attention="plain")).init(jax.random.key(0), TOKENS)["params"])
     gradient = jax.jit(jax.grad(lambda params, windows: loss_sum(GPT(config.on("cpu")), params, windows)[0]))
     text = gradient.lower(params, jax.ShapeDtypeStruct((8, 33), jnp.int32)).compile().as_text()
     dots = [line for line in text.splitlines() if " dot(" in line]
-    assert len(dots) == 3 * (7 if "activation" in fields else 6) + 6 + 3
+    of_attention = 7 if "attention" in fields else 6  # blockwise takes its scores again
+    assert len(dots) == 3 * (7 if "activation" in fields else 6) + of_attention + 3
     for line in dots:
         n = len(re.findall(r"\d", "".join(re.findall(r"lhs_batch_dims={(.*?)}", line))))
         assert f"lhs_contracting_dims={{{n + 1}}}" in line and f"rhs_contracting_dims={{{n}}}" in line, line
