@@ -25,11 +25,8 @@ PLACES, ROUNDS = 4096, 5
 
 def main(folder: Path) -> None:
     config, params, tokenizer = load_run(folder, "best")
-    model, tokens, block = (
-        config.model.sampled_on(jax.default_backend()),
-        load_dataset(config.data).val,
-        config.model.block_size,
-    )
+    model = config.model.sampled_on(jax.default_backend())
+    tokens, block = load_dataset(config.data).val, model.block_size
     ends = np.random.default_rng(0).integers(block, len(tokens), PLACES)
 
     @jax.jit

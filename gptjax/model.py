@@ -90,9 +90,8 @@ class Linear(nn.Module):
             rank = config.lora_rank
             a = self.param("lora_a", nn.initializers.normal(n_in**-0.5), (n_in, rank)).astype(dtype)
             b = self.param("lora_b", nn.initializers.zeros, (rank, *self.features)).astype(dtype)
-            y += multiply(checkpoint_name(multiply(rows, a), PRODUCT), b.reshape(rank, n_out)) * (
-                config.lora_alpha / rank
-            )
+            low = checkpoint_name(multiply(rows, a), PRODUCT)
+            y += multiply(low, b.reshape(rank, n_out)) * (config.lora_alpha / rank)
         y = checkpoint_name(y, PRODUCT).reshape(*x.shape[: x.ndim - self.n_in], *self.features)
         if not self.use_bias:
             return y
@@ -146,8 +145,8 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config = self.config
 
-        # In float32, rounded once: bfloat16 is rounded after every operation, which on CPUs was a tenth of a step. Kept
-        # for the gradient is what goes in; of unrolled layers XLA may keep more.
+        # In float32, rounded once: bfloat16 is rounded after every operation, which on a CPU was a sixteenth of a step.
+        # Kept for the gradient is what goes in; of unrolled layers XLA may keep more.
         @partial(jax.checkpoint, prevent_cse=False)
         def activation(x: jax.Array) -> jax.Array:
             return ACTIVATIONS[config.activation](x.astype(jnp.float32)).astype(x.dtype)

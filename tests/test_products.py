@@ -85,15 +85,3 @@ def test_bfloat16_is_for_cpus_that_multiply_it_and_a_jax_that_has_them_do_so(mon
 
     assert answer("amx_bf16", (0, 12, 0)) and answer("avx512_bf16", (1, 0, 0))
     assert not answer("amx_bf16", (0, 11, 1)) and not answer("avx512f", (0, 12, 0))
-
-
-def test_a_cpu_that_multiplies_bfloat16_faster_does_so_by_rows(monkeypatch):
-    """In the compiled gradient each of the two has the axis that is summed over where rows have it."""
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
-    x, w = jnp.ones((256, 64), jnp.bfloat16), jnp.ones((64, 128), jnp.bfloat16)
-    gradients = jax.jit(jax.grad(lambda x, w: multiply(x, w).astype(jnp.float32).sum(), argnums=(0, 1)))
-    lines = gradients.lower(x, w).compile().as_text().splitlines()
-    dots = [line for line in lines if " dot(" in line]
-    assert len(dots) == 2
-    for line in dots:
-        assert "lhs_contracting_dims={1}, rhs_contracting_dims={0}" in line and "{1,0}" in line.split(" dot(")[0]
