@@ -55,6 +55,11 @@ class DataConfig(Section):
     )
     tokenizer: str = option("char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json")
     vocab_size: int = option(4096, "tokens that a 'bpe' tokenizer learns")
+    bpe_dropout: float = option(
+        0.0,
+        "'bpe': write the training text 16 times, each passage without this part of the merges, others each time, so "
+        "that a small text is not soon learned by heart",
+    )
     val_fraction: float = option(0.1, "the part of the text, at its end, that validates")
     order: Literal["random", "epoch"] = option(
         "random", "'random' windows, or 'epoch': every window once per epoch, shuffled"
@@ -64,6 +69,8 @@ class DataConfig(Section):
 
     def validate(self) -> None:
         self.require(self.vocab_size >= 257, "vocab_size", "is less than 257: 256 bytes and the end-of-text token")
+        self.require(0 <= self.bpe_dropout < 1, "bpe_dropout", "is not in [0, 1)")
+        self.require(not self.bpe_dropout or self.tokenizer == "bpe", "bpe_dropout", "needs --data.tokenizer bpe")
         self.require(0 < self.val_fraction < 1, "val_fraction", "is not between 0 and 1")
 
 
@@ -106,6 +113,9 @@ class ModelConfig(Section):
     dropout: float = option(
         0.0, "dropout on the embedding, the attention weights and both residual branches, rounded to 256ths"
     )
+    attention_dropout: float | None = option(
+        None, "dropout's rate for the attention weights alone; 0 allows attention that is not plain; none: as dropout"
+    )
     separator: int | None = option(
         None, "token that begins a document (GPT-2's: 50256); in training attention does not look back past it"
     )
@@ -144,9 +154,11 @@ class ModelConfig(Section):
         layers = f"is not a list of linear layers: of {', '.join(LINEAR_LAYERS)}, separated by commas"
         self.require(set(self.lora_layers.split(",")) <= set(LINEAR_LAYERS), "lora_layers", layers)
         self.require(0 <= self.dropout < 1, "dropout", "is not in [0, 1)")
+        self.require(0 <= self.attention_rate < 1, "attention_dropout", "is not in [0, 1)")
 
         whole = self.attention in ("blockwise", "splash", "cudnn")
-        self.require(not whole or self.dropout == 0, "attention", "has no dropout: pass --model.dropout 0, or plain")
+        dropped = "has no dropout: pass --model.attention_dropout 0, or plain"
+        self.require(not whole or self.attention_rate == 0, "attention", dropped)
         mixed = "cannot keep the documents of model.separator apart: pass blockwise"
         self.require(self.attention != "cudnn" or self.separator is None, "attention", mixed)
         blocks = f"takes blocks of 128, which model.block_size={self.block_size} is no multiple of: pass blockwise"
@@ -161,7 +173,7 @@ class ModelConfig(Section):
             best: dict[str, Any] = {"tpu": "splash", "gpu": "cudnn"}
             attention = "blockwise" if self.block_size >= LONG_CONTEXT else "plain"
             attention = best[platform] if able.get(platform) else attention
-            attention = "plain" if self.dropout else attention
+            attention = "plain" if self.attention_rate else attention
         if layers == "auto":
             layers = "unrolled" if platform == "cpu" else "looped"
         return dataclasses.replace(self, attention=attention, layers=layers)
@@ -171,6 +183,16 @@ class ModelConfig(Section):
         longer in bfloat16, else its own, or bfloat16."""
         own = "bfloat16" if self.dtype == "auto" else self.dtype
         return dataclasses.replace(self, dtype="float32" if platform == "cpu" else own)
+
+    @property
+    def attention_rate(self) -> float:
+        """Of dropout on the attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is any dropout."""
+        return self.dropout > 0 or self.attention_rate > 0
 
     @property
     def head_width(self) -> int:

@@ -133,7 +133,7 @@ class Attention(nn.Module):
         elif config.attention in ("blockwise", "splash", "cudnn"):
             y_BTNH = sequence_attention(config.attention, q_BTNH, k_BTKH, v_BTKH, document_BT)
         else:
-            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, Dropout(config.dropout), document_BT)
+            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, Dropout(config.attention_rate), document_BT)
         out = Linear(config, (config.n_embd,), n_in=2, use_bias=config.bias, residual=True, name="out")
         return Dropout(config.dropout)(out(y_BTNH)), cache
 

@@ -128,7 +128,7 @@ def gradient(
             windows_ABW = jax.lax.with_sharding_constraint(windows_ABW, PartitionSpec(None, BATCH_AXES))
 
     def micro_loss(params: Any, windows_BW: jax.Array, number: jax.Array) -> jax.Array:
-        rngs = {"dropout": jax.random.fold_in(key, number)} if config.model.dropout else None
+        rngs = {"dropout": jax.random.fold_in(key, number)} if config.model.drops else None
         if config.model.lora_rank:
             params = freeze(params)
         return loss_sum(model, params, windows_BW, rngs)[0] / n_targets
@@ -179,7 +179,7 @@ def splits_of(config: Config, mesh: Mesh) -> int:
     n_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if mesh.devices.flat[0].platform != "cpu":
         return 1
-    most = CACHED_TOKENS // 2 if config.model.dropout else CACHED_TOKENS
+    most = CACHED_TOKENS // 2 if config.model.drops else CACHED_TOKENS
     enough = [n for n in range(1, rows // n_devices + 1) if rows % (n * n_devices) == 0]
     small = [n for n in enough if rows // n * config.model.block_size <= most]
     return small[0] if small else enough[-1]
@@ -188,7 +188,7 @@ def splits_of(config: Config, mesh: Mesh) -> int:
 def _jit_train_step(config: Config, mesh: Mesh, split: Any) -> Any:
     on_cpu, n_data, splits = mesh.devices.flat[0].platform == "cpu", mesh.shape["data"], splits_of(config, mesh)
     apart = on_cpu and mesh.size == n_data > 1 and not config.model.lora_rank
-    if apart and not config.model.dropout:  # with it splits stay as they are, so that any devices draw the same masks
+    if apart and not config.model.drops:  # with it splits stay as they are, so that any devices draw the same masks
         splits *= n_data
     return jax.jit(
         partial(train_step, config, splits=splits, apart=apart and splits % n_data == 0),

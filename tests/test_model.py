@@ -240,8 +240,19 @@ def test_dropout_is_on_exactly_where_there_is_a_key(scramble):
     np.testing.assert_array_equal(with_key(0), with_key(0))
 
 
-def test_dropout_in_training_is_keyed_by_seed_step_and_micro_step(scramble):
-    model = replace(TINY, dropout=0.3, n_layer=1)
+@pytest.mark.parametrize(("rate", "attention_rate"), [(0.5, 0.0), (0.0, 0.5)])
+def test_attention_weights_may_have_a_dropout_of_their_own(scramble, rate, attention_rate):
+    config = replace(TINY, dropout=rate, attention_dropout=attention_rate)
+    calls = record(Dropout, config, scramble(config), tokens_of(config), jax.random.key(0))
+    for x, y in (pair for each in calls.values() for pair in each):
+        dropped = attention_rate if x.ndim == 4 else rate
+        assert np.array_equal(x, y) == (dropped == 0)
+    assert config.drops and not replace(TINY, attention_dropout=0.0).drops
+
+
+@pytest.mark.parametrize(("rate", "attention_rate"), [(0.3, None), (0.0, 0.3)])
+def test_dropout_in_training_is_keyed_by_seed_step_and_micro_step(scramble, rate, attention_rate):
+    model = replace(TINY, dropout=rate, attention_dropout=attention_rate, n_layer=1)
     params, windows_2BT = scramble(model), tokens_of(model, length=model.block_size + 1)[:, None]
     step = jax.jit(train_step, static_argnums=0)
 

@@ -1,6 +1,7 @@
 """Text to a folder of train.bin, val.bin, tokenizer.json and a data.json that says what they were made from."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from gptjax.tokenizer import Tokenizer
 
 _VERSION = 1  # of what preparing does to a text; a new one prepares everything anew
 Format = Literal["nanogpt", "llmc"]
+_VARIANTS = 16  # of the training text with data.bpe_dropout: more than the passes that a small text bears
 
 
 @dataclass(frozen=True)
@@ -104,23 +106,34 @@ def prepare(config: DataConfig, form: Format = "nanogpt") -> Path:
 
 
 def _write_folder(made: Path, config: DataConfig, corpus: Corpus, form: Format) -> dict[str, Any]:
-    """Read the text twice, three times for a BPE: count and collect its characters, learn the BPE, encode."""
+    """Read the text twice, three times for a BPE: count and collect its characters, learn the BPE, encode.
+
+    With data.bpe_dropout the training text is read and written 16 times.
+    """
     trains_tokenizer = config.tokenizer in ("char", "bpe")
     tokenizer = None if trains_tokenizer else Tokenizer.from_name_or_path(config.tokenizer)
     n, alphabet = _survey(corpus)
     n_train = int(n * (1 - config.val_fraction))  # by characters, as in nanoGPT
+
+    def text(start: int, stop: int, what: str) -> Iterator[str]:
+        return _shown(between(corpus.chunks(), start, stop), stop - start, what)
+
     if tokenizer is None and config.tokenizer == "char":
         tokenizer = Tokenizer.characters(alphabet)
     elif tokenizer is None:
-        training_text = _shown(between(corpus.chunks(), 0, n_train), n_train, "learning the BPE")
-        tokenizer = Tokenizer.train_bpe(training_text, config.vocab_size)
+        tokenizer = Tokenizer.train_bpe(text(0, n_train, "learning the BPE"), config.vocab_size)
     tokenizer.save(made / "tokenizer.json")
     dtype = dtype_for(tokenizer.vocab_size)
-    counts = {}
-    for split, start, stop in (("train", 0, n_train), ("val", n_train, n)):
-        text = _shown(between(corpus.chunks(), start, stop), stop - start, f"encoding {split}")
-        ids = tokenizer.encode_chunks(text)
-        counts[f"{split}_tokens"] = write_split(made, split, ids, dtype, form)
+    splits = {
+        "train": tokenizer.encode_chunks(text(0, n_train, "encoding train")),
+        "val": tokenizer.encode_chunks(text(n_train, n, "encoding val")),
+    }
+    if config.bpe_dropout:
+        splits["train"] = itertools.chain.from_iterable(
+            tokenizer.encode_varied(text(0, n_train, f"encoding train, {i + 1} of {_VARIANTS}"), config.bpe_dropout, i)
+            for i in range(_VARIANTS)
+        )
+    counts = {f"{split}_tokens": write_split(made, split, ids, dtype, form) for split, ids in splits.items()}
     return {"characters": n, "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "format": form} | counts
 
 
@@ -146,6 +159,7 @@ def _recipe(config: DataConfig, corpus: Corpus, form: Format) -> dict[str, Any]:
     }
     if config.tokenizer == "bpe":
         recipe["vocab_size"] = config.vocab_size
+        recipe |= {"bpe_dropout": config.bpe_dropout} if config.bpe_dropout else {}
     return recipe
 
 
