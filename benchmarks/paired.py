@@ -89,12 +89,14 @@ def in_turn(makers: Sequence[Callable[[], Contender]], rounds: int) -> list[Cont
         return contenders
 
 
-def parser(what: str, works: Sequence[str]) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+def parser(what: str, works: Sequence[str], default: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The options that all benchmarks have; all works are measured unless told otherwise."""
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line in place of a table")
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken")
-    parser.add_argument("--works", nargs="+", default=list(works), choices=works, metavar="WORK", help=", ".join(works))
+    parser.add_argument(
+        "--works", nargs="+", default=list(default or works), choices=works, metavar="WORK", help=", ".join(works)
+    )
     parser.add_argument("--rival_python", default=sys.executable, help="an interpreter that has PyTorch")
     return parser
 

@@ -22,17 +22,19 @@ WORKS = {
 def main() -> None:
     options = parser(__doc__, tuple(WORKS))
     options.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "int8"), default=["float32"])
+    options.add_argument("--rival_dtype", choices=("float32", "bfloat16"), default="float32", help="nanoGPT's on CPUs")
     arguments = options.parse_args()
     has_ctranslate2 = not subprocess.run(
         [arguments.rival_python, "-c", "import ctranslate2"], capture_output=True
     ).returncode
+    other_dtype = arguments.rival_dtype
     for i, name in enumerate(arguments.works):
         work, streams, n_tokens = WORKS[name]
         given = {"work": work, "streams": streams, "n_tokens": n_tokens}
         ours = [partial(Contender, "works:our_sampling", dtype=dtype, **given) for dtype in arguments.dtypes]
         rivals: dict[str, tuple[str, dict[str, str]]] = {
-            "nanoGPT's float32": ("works:nanogpt_sampling", {}),
-            "transformers's float32": ("works:transformers_sampling", {}),
+            f"nanoGPT's {other_dtype}": ("works:nanogpt_sampling", {"dtype": other_dtype}),
+            f"transformers's {other_dtype}": ("works:transformers_sampling", {"dtype": other_dtype}),
         }
         for dtype in arguments.dtypes if has_ctranslate2 else ():
             rivals |= {f"CTranslate2's {dtype}": ("works:ctranslate2_sampling", {"dtype": dtype})}

@@ -13,15 +13,17 @@ from gptjax.config import Config, DataConfig, ModelConfig, TrainConfig, load_con
 
 Work = tuple[dict[str, Any], Callable[[], float]]
 SECONDS = 2.0  # of work in a turn, at least
+GPT2 = {"gpt2_124m": (2, 256), "gpt2_124m_16x1024": (16, 1024)}  # windows of so many tokens
 
 
 def config_of(work: str) -> Config:
     """The config of a piece of work, with what its data would say of the vocabulary."""
-    if work == "gpt2_124m":
+    if work in GPT2:
+        batch_size, block_size = GPT2[work]
         return Config(
             data=DataConfig(source=""),
-            model=ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=256, vocab_size=50257, bias=False),
-            train=TrainConfig(batch_size=2),
+            model=ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=block_size, vocab_size=50257, bias=False),
+            train=TrainConfig(batch_size=batch_size),
         )
     config = load_config_file(Path("configs") / f"{work}.py")
     return replace(config, model=replace(config.model, vocab_size=65))
@@ -80,22 +82,30 @@ def our_step(work: str, dtype: str) -> Work:
     return {"flops": per_token * config.train.batch_size * model.block_size, "jax": jax.__version__}, timed(step)
 
 
+def _torch_device() -> str:
+    """A GPU if PyTorch has one, with the lower precision of float32 products that nanoGPT allows there."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def torch_step(work: str, dtype: str, compiled: bool) -> Work:
     """nanoGPT's step in PyTorch: the in-tree reference, forward, backward, clipping and AdamW."""
     import torch
 
     from tests.parity.reference import Reference, Trainer
 
-    config = config_of(work)
-    torch.manual_seed(0)
-    reference = Reference(config.model, config.model.dropout)
+    config, device = config_of(work), _torch_device()
+    reference = Reference(config.model, config.model.dropout).to(device)
     if compiled:  # forward and loss, as nanoGPT has them in one module
         reference.loss = torch.compile(reference.loss)
     trainer = Trainer(reference, config.optimizer, config.train.max_steps)
-    windows = torch.from_numpy(_windows(config)).long()
+    windows = torch.from_numpy(_windows(config)).long().to(device)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             trainer.train([windows])
 
     step()
@@ -111,11 +121,20 @@ def our_matmul(dtype: str) -> Work:
 
     from gptjax.flops import measured_matmul_peak
 
-    return {}, lambda: 1e12 / measured_matmul_peak(jax.devices(), dtype, seconds=1.0)
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    return {}, lambda: 1e12 / measured_matmul_peak(jax.devices(), dtype, size=size, seconds=1.0)
 
 
 def memory() -> Work:
-    """Seconds to read a GB, at the best that all cores do together."""
+    """Seconds to read a GB, at the best that all cores do together, or the GPU that JAX has."""
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() != "cpu":
+        ones, total = jnp.ones(1 << 30), jax.jit(jnp.sum)
+        total(ones).block_until_ready()
+        turn = timed(lambda: total(ones).block_until_ready(), 0.5)
+        return {}, lambda: turn() / (ones.nbytes / 1e9)
     from concurrent.futures import ThreadPoolExecutor
 
     from gptjax.host import n_cores
@@ -149,7 +168,8 @@ def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     elif dtype == "int8":
         params = quantize(params)
-    params = lay_out(params)
+    if jax.default_backend() == "cpu":
+        params = lay_out(params)
     prompts, seeds = [np.array([1], np.int32)] * streams, list(range(streams))
 
     def run() -> float:
@@ -162,24 +182,25 @@ def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
     return {"bytes": n_bytes, "jax": jax.__version__}, run
 
 
-def nanogpt_sampling(work: str, streams: int, n_tokens: int) -> Work:
+def nanogpt_sampling(work: str, streams: int, n_tokens: int, dtype: str) -> Work:
     """Seconds a token of nanoGPT's `generate`: the last block_size tokens read again for every token."""
     import torch
 
     from tests.parity.reference import Reference
 
-    config = config_of(work).model
-    torch.manual_seed(0)
-    reference = Reference(config).eval()
+    config, device = config_of(work).model, _torch_device()
+    reference = Reference(config).eval().to(device)
 
     @torch.no_grad()
     def run() -> float:
-        tokens, start = torch.ones(streams, 1, dtype=torch.long), time.perf_counter()
+        tokens, start = torch.ones(streams, 1, dtype=torch.long, device=device), time.perf_counter()
         for _ in range(n_tokens):
-            logits = reference.last_logits(tokens[:, -config.block_size :]) / 0.8
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                logits = reference.last_logits(tokens[:, -config.block_size :]) / 0.8
             most = torch.topk(logits, min(200, config.vocab_size)).values
             logits[logits < most[:, [-1]]] = -float("inf")
             tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+        tokens.tolist()
         return (time.perf_counter() - start) / (n_tokens * streams)
 
     return {"torch": torch.__version__}, run
@@ -198,18 +219,19 @@ def _transformers_gpt2(config: ModelConfig) -> Any:
     ).eval()
 
 
-def transformers_sampling(work: str, streams: int, n_tokens: int) -> Work:
+def transformers_sampling(work: str, streams: int, n_tokens: int, dtype: str) -> Work:
     """Seconds a token of transformers' GPT-2 with its cache, by its own `generate`."""
     import torch
     import transformers
 
-    model = _transformers_gpt2(config_of(work).model)
+    device = _torch_device()
+    model = _transformers_gpt2(config_of(work).model).to(device, getattr(torch, dtype))
 
     @torch.no_grad()
     def run() -> float:
-        tokens, start = torch.ones(streams, 1, dtype=torch.long), time.perf_counter()
+        tokens, start = torch.ones(streams, 1, dtype=torch.long, device=device), time.perf_counter()
         options = {"max_new_tokens": n_tokens, "do_sample": True, "temperature": 0.8, "top_k": 200, "use_cache": True}
-        model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), **options).tolist()
         return (time.perf_counter() - start) / (n_tokens * streams)
 
     return {"transformers": transformers.__version__}, run

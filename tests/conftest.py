@@ -13,6 +13,7 @@ from typing import Any
 
 # Before jax reads them. Tests mostly compile, so they make do with slower programs. Processes that they start
 # compile as a user's do, and read what another one compiled, but not from the user's cache.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where there is a GPU: test_gpu.py says how it comes in
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first of pytest's processes; the others have it from that one
     CACHE = tempfile.TemporaryDirectory(prefix="gptjax-xla-")

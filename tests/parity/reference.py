@@ -74,7 +74,7 @@ class Reference(nn.Module):
         return self.hidden(tokens)[:, -1] @ self.wte.weight.T
 
     def hidden(self, tokens):
-        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x)
@@ -189,6 +189,7 @@ class Trainer:
             ],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
+            fused=parameters[0].is_cuda,
         )
 
     def train(self, micro_batches: Any) -> tuple[float, float, float]:
