@@ -77,7 +77,7 @@ def make_mesh(
 def memory(device: jax.Device) -> float:
     """Bytes of a device's own memory; no limit where it is not known, as on CPUs, whose devices share the host's."""
     peak = device_peak(device.device_kind)
-    return peak.memory if peak else math.inf
+    return float(peak.memory) if peak else math.inf
 
 
 def require_divisible(model: ModelConfig, mesh: Mesh) -> None:
