@@ -25,12 +25,9 @@ config = Config(
         norm="nonparametric_rmsnorm",
         position="rope",
         rope_theta=1000.0,
-        qk_norm=True,
         embedding_norm=True,
         ngram=4,
         ngram_rows=8192,
-        logit_cap=15.0,
-        zero_init=True,
         tied_head=False,
     ),
     optimizer=OptimizerConfig(
