@@ -77,6 +77,8 @@ def test_bpe_dropout_writes_the_training_text_in_sixteen_ways(config):
     np.testing.assert_array_equal(
         varied.train.window(0, len(varied.train)), np.concatenate(list(itertools.chain.from_iterable(passages)))
     )
+    with pytest.raises(UserError, match=r"data.bpe_dropout=0.2 is for texts: .* holds token files"):
+        load_dataset(with_(config, source=str(plain.folder), tokenizer="bpe", bpe_dropout=0.2))
 
 
 def test_what_is_prepared_is_used_again_until_its_text_changes(config, tmp_path, capsys):

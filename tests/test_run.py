@@ -42,23 +42,23 @@ def test_the_newest_run_is_the_one_that_saved_last(tmp_path, monkeypatch):
         newest_run("c")
 
 
-BASE = Config()
+BASE = Config(data=DataConfig(tokenizer="bpe"))
 SECTIONS = [DataConfig, ModelConfig, OptimizerConfig, TrainConfig, MeshConfig]
 OTHER = {
     "data.source": "elsewhere.txt", "data.sha256": "ab", "data.dir": "elsewhere", "data.order": "epoch",
-    "data.tokenizer": "bpe", "optimizer.beta1": 0.5, "optimizer.beta2": 0.5,
-    "model.dtype": "float32", "model.bias": True, "model.dropout": 0.5, "model.n_embd": 390,
-    "model.n_head": 3, "model.activation": "swiglu", "model.norm": "rmsnorm", "model.position": "rope",
-    "model.n_kv_head": 2, "model.qkv_bias": True, "model.tied_head": False, "model.lora_layers": "query",
-    "model.qk_norm": True, "model.embedding_norm": True,
+    "data.tokenizer": "char", "data.bpe_dropout": 0.1, "optimizer.beta1": 0.5, "optimizer.beta2": 0.5,
+    "model.dtype": "float32", "model.bias": True, "model.dropout": 0.5, "model.attention_dropout": 0.5,
+    "model.n_embd": 390, "model.n_head": 3, "model.activation": "swiglu", "model.norm": "rmsnorm",
+    "model.position": "rope", "model.n_kv_head": 2, "model.qkv_bias": True, "model.tied_head": False,
+    "model.lora_layers": "query", "model.qk_norm": True, "model.embedding_norm": True,
     "model.logit_cap": 15.0, "model.zero_init": True, "optimizer.schedule": "linear",
     "optimizer.matrix_optimizer": "muon", "optimizer.muon_weight_decay": 0.1, "model.separator": 3,
     "model.attention": "plain", "model.layers": "looped", "model.remat": "full",
     "optimizer.decay_steps": 2000, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
 }  # fmt: skip
-FREE = """model.attention model.layers model.remat data.tokenizer data.source data.sha256 data.dir train.eval_interval
-train.eval_batches train.save_interval train.log_interval train.patience mesh.data mesh.fsdp mesh.tensor
-optimizer.decay_steps""".split()
+FREE = """model.attention model.layers model.remat data.tokenizer data.bpe_dropout data.source data.sha256 data.dir
+train.eval_interval train.eval_batches train.save_interval train.log_interval train.patience mesh.data mesh.fsdp
+mesh.tensor optimizer.decay_steps""".split()
 
 
 @pytest.mark.parametrize(

@@ -62,15 +62,17 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 
 def _folder_of(config: DataConfig) -> Path | str:
-    if not remote.is_url(config.source):
-        source = Path(config.source).expanduser()
-        return source if _has_token_files(source) else prepare(config)
-    folder = config.source.rstrip("/")
-    if not _has_token_files(folder):
+    remotely = remote.is_url(config.source)
+    folder = config.source.rstrip("/") if remotely else Path(config.source).expanduser()
+    if _has_token_files(folder):
+        if config.bpe_dropout:
+            raise UserError(f"data.bpe_dropout={config.bpe_dropout} is for texts: {folder} holds token files already")
+        return folder
+    if remotely:
         raise UserError(
             f"{folder} holds no token files: make them with `python -m gptjax.data tokenize` and copy them there"
         )
-    return folder
+    return prepare(config)
 
 
 def prepare(config: DataConfig, form: Format = "nanogpt") -> Path:
