@@ -43,6 +43,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "head tied to the embedding": {"model.tied_head": True},
     "cosine decay, not linear": {"optimizer.schedule": "cosine"},
     "constant rate, then linear decay over the last 60%": {"optimizer.decay_fraction": 0.6},
+    "a rate that falls to three tenths, not to zero": {"optimizer.min_learning_rate": 3e-3},
     "warm-up over 5 steps": {"optimizer.warmup_steps": 5},
     "beta2 0.99, not 0.95": {"optimizer.beta2": 0.99},
     "gradients not clipped": {"optimizer.grad_clip": 0.0},
