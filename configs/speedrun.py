@@ -2,8 +2,8 @@
 
     python train.py --config configs/speedrun.py
 
-Two CPU cores without bfloat16 (Zen 3), Python 3.12, jax 0.12: 17.7 s from the command to a loss of 1.806 on the whole
-validation split, where nanoGPT's recipe in PyTorch took 227 s to 1.916 in the same run (python -m
+Two CPU cores without bfloat16 (Intel), Python 3.12, jax 0.12: 24.3 s from the command to a loss of 1.801 on the whole
+validation split, where nanoGPT's recipe in PyTorch took 293 s to 1.916 in the same run (python -m
 benchmarks.time_to_loss FILE). What each idea is worth is in docs/speedrun.md. The corpus is downloaded; without a
 network pass --data.source FILE.
 """
