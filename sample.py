@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from gptjax import host
-from gptjax.config import Parser, Section, option
+from gptjax.cli import Parser
+from gptjax.config import Section, option
 from gptjax.errors import UserError, one_line_errors
-from gptjax.generate import Memory, Sampling
-from gptjax.language_model import Answer, Dtype, LanguageModel
-from gptjax.run import newest_run
+from gptjax.inference.generate import Memory, Sampling
+from gptjax.inference.language_model import Answer, Dtype, LanguageModel
+from gptjax.run_dir import newest_run
 
 
 @dataclass(frozen=True)

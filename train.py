@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax import distributed
-from gptjax.config import Config, Parser, Section, load_config_file, option
+from gptjax.cli import Parser, load_config_file
+from gptjax.config import Config, Section, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.host import use_cores
+from gptjax.hub.init_from import open_origin, resumed
+from gptjax.inference.generate import Sampling
+from gptjax.inference.language_model import LanguageModel
 from gptjax.loop import train
-from gptjax.run import can_resume, new_run_dir, newest_run
+from gptjax.run_dir import can_resume, new_run_dir, newest_run
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,13 @@ class Arguments(Section):
         return path
 
 
+def sample(run_dir: Path) -> str:
+    """A text of the best parameters, for the report."""
+    model = LanguageModel.load(str(run_dir))
+    *_, [answer] = model.answer([model.tokenizer.prompt()], 400, Sampling(temperature=0.8), seeds=[0])
+    return answer.text.strip("\n")
+
+
 def main(argv: Sequence[str]) -> int:
     first, parser = Parser("train.py", None, add_help=False), Parser("train.py", __doc__)
     first.add_fields(Arguments())
@@ -78,7 +89,13 @@ def main(argv: Sequence[str]) -> int:
         on_mesh = config.mesh.data * (config.mesh.fsdp or 1) * config.mesh.tensor  # negative: one of them is the rest
         n_processes = distributed.count()
         use_cores(rows // n_processes, arguments.cpu_devices or max(0, on_mesh // n_processes))
-        return train(config, run_dir, resume)
+        weights = None
+        if config.init_from and resume:
+            config = resumed(config, Config.from_json(run_dir / "config.json"), run_dir)
+        elif config.init_from:
+            weights = open_origin(config.init_from)
+            config = weights.adapt(config)
+        return train(config, run_dir, resume, weights, sample)
 
 
 if __name__ == "__main__":

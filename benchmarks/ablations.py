@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from gptjax import host
-from gptjax.config import Config, load_config_file
+from gptjax.cli import load_config_file
+from gptjax.config import Config
 
 SEEDS = (1, 2, 3)
 HEADER = (

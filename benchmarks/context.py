@@ -16,9 +16,9 @@ import numpy as np
 import optax
 
 from gptjax.data.prepare import load_dataset
-from gptjax.generate import Sampling, generate
+from gptjax.inference.generate import Sampling, generate
 from gptjax.model import GPT
-from gptjax.run import load_run
+from gptjax.run_dir import load_run
 
 PLACES, ROUNDS = 4096, 5
 

@@ -43,7 +43,10 @@ def options(config: str, machine: str) -> list[str]:
 
 def plan(command: list[str]) -> dict[str, object]:
     result = subprocess.run(
-        [sys.executable, "-m", "gptjax.plan", "--json", *command], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "gptjax.plan", "--json", *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return {"command": command, **json.loads(result.stdout.splitlines()[-1])}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import Config, DataConfig, ModelConfig, TrainConfig, load_config_file
+from gptjax.cli import load_config_file
+from gptjax.config import Config, DataConfig, ModelConfig, TrainConfig
 
 Work = tuple[dict[str, Any], Callable[[], float]]
 SECONDS = 2.0  # of work in a turn, at least
@@ -158,10 +159,10 @@ def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
     host.prepare()
     import jax
 
-    from gptjax.decoder import lay_out
-    from gptjax.families import draw_params
-    from gptjax.generate import Sampling, generate
-    from gptjax.matrices import quantize
+    from gptjax.hub.families import draw_params
+    from gptjax.inference.decoder import lay_out
+    from gptjax.inference.generate import Sampling, generate
+    from gptjax.inference.quantize import quantize
 
     params = jax.jit(lambda: draw_params(config, 0))()
     if dtype == "bfloat16":

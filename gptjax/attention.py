@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gptjax.products import multiply
+from gptjax.matmul import multiply
 from gptjax.sharding import BATCH_AXES, mesh_in_use
 
 SPLASH_BLOCK = 1024  # queries and keys in a block of the TPU kernel, at most

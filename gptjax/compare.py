@@ -17,13 +17,15 @@ from typing import Literal
 import numpy as np
 
 from gptjax import host
-from gptjax.config import Parser, Section, argument, option
+from gptjax.cli import Parser
+from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.evaluate import text_loss
-from gptjax.generate import Sampling
-from gptjax.language_model import Answer, Dtype, LanguageModel
-from gptjax.pretrained import locate, open_weights
-from gptjax.run import holds_run, write_atomically
+from gptjax.files import write_atomically
+from gptjax.hub.weights import locate, open_weights
+from gptjax.inference.generate import Sampling
+from gptjax.inference.language_model import Answer, Dtype, LanguageModel
+from gptjax.run_dir import holds_run
 
 PROMPTS = Path(__file__).parent.parent / "prompts" / "case_study.txt"
 

@@ -6,6 +6,7 @@ all end with the same line. Without other processes every function here does the
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import signal
@@ -21,7 +22,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax._src.distributed import global_state  # what `jax.distributed` keeps, its key-value store among it
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.errors import UserError, describe
 
@@ -299,3 +303,52 @@ class _Watch:
             self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(say)
             with contextlib.suppress(AttributeError, OSError):
                 ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
+
+
+class StopSignal:
+    """While it is entered, the first SIGINT or SIGTERM only asks to stop; the second one does what it always does.
+
+    Of several processes all stop after the same step, whichever was asked.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.agreed, self._asked = 0, 0
+        everywhere, self._split = (
+            NamedSharding(mesh, PartitionSpec()),
+            NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
+        )
+        self._largest = jax.jit(jnp.max, out_shardings=everywhere)
+        self._pending: jax.Array | None = None
+
+    def agree(self) -> int:
+        """The number of the signal that the run was asked to stop by, 0 while it was not.
+
+        Several processes learn it one step late, so that no device waits for the host.
+        """
+        if count() == 1:
+            self.agreed = self._asked
+            return self.agreed
+        asked = np.full(1, self._asked, np.int32)
+        before, shape = self._pending, (math.prod(self._split.mesh.shape.values()),)
+        self._pending = self._largest(jax.make_array_from_callback(shape, self._split, lambda _: asked))
+        self.agreed = 0 if before is None else int(before)
+        return self.agreed
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self._asked = signum
+        self._restore()
+        with contextlib.suppress(OSError):  # whatever reads the output may be gone, by the same Ctrl-C
+            os.write(
+                1, b"\nsaving and stopping after this step; once more to stop at once and lose what is not saved\n"
+            )
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()

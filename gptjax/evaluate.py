@@ -17,12 +17,13 @@ import numpy as np
 from rich.progress import Progress
 
 from gptjax import host
-from gptjax.config import Parser, Section, argument, option
+from gptjax.cli import Parser
+from gptjax.config import Section, argument, option
 from gptjax.data.corpora import read_text
 from gptjax.data.token_files import Tokens, dtype_for
 from gptjax.errors import UserError, one_line_errors
-from gptjax.generate import Ids
-from gptjax.language_model import Dtype, LanguageModel
+from gptjax.inference.generate import Ids
+from gptjax.inference.language_model import Dtype, LanguageModel
 
 _AT_ONCE = 64  # windows or questions scored between two steps of the progress bar
 

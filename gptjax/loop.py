@@ -1,33 +1,29 @@
 """The training loop: a run from its first step, or from where it stopped, to its report."""
 
-import contextlib
 import math
-import os
-import signal
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from gptjax import distributed, flops, report
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, MeshConfig
+from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.data import batches
 from gptjax.data.prepare import Dataset, load_dataset
 from gptjax.data.token_files import Tokens
+from gptjax.distributed import StopSignal
 from gptjax.errors import UserError
-from gptjax.generate import Sampling, generate
+from gptjax.files import write_atomically
 from gptjax.host import multiplies_bfloat16
 from gptjax.metrics import Metrics
-from gptjax.origin import Origin, open_origin, resumed
-from gptjax.run import flat, load_run, require_resumable, write_atomically
-from gptjax.sharding import AXES, batch_sharding, make_mesh, memory
+from gptjax.run_dir import flat, require_resumable
+from gptjax.sharding import batch_sharding, make_mesh, memory
 from gptjax.training import Steps, TrainState, compile_steps, state_bytes
 
 FIRST_BATCHES = 4  # of the evaluation before the first step of random weights
@@ -55,22 +51,35 @@ class Run(NamedTuple):
     best: Checkpoints
 
 
-def train(config: Config, run_dir: Path, resume: bool) -> int:
+class InitialWeights(Protocol):
+    """What a run needs of the weights that it starts from (`gptjax.hub.init_from.Origin`)."""
+
+    def require_fit(self, dataset: Dataset, run_dir: Path) -> None: ...
+    def copy_side_files(self, run_dir: Path) -> None: ...
+    @property
+    def load(self) -> Callable[[ModelConfig, Any, int], Any]: ...
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    resume: bool,
+    weights: InitialWeights | None = None,
+    sample: Callable[[Path], str] | None = None,
+) -> int:
     """Train, evaluate, save and report; return the exit code, 0 or 128 + the signal that stopped the run.
+
+    A new run starts from `weights`, if given, else from random ones. `sample` gives the text of a finished run's report
+    from its folder.
 
     Raises:
         UserError: the config does not fit the data, the devices or the run that is to be resumed; the loss diverged;
             a checkpoint cannot be read or written.
     """
     saved = Config.from_json(run_dir / "config.json") if resume else None
-    origin = open_origin(config.init_from) if config.init_from and not saved else None
-    if origin:
-        config = origin.adapt(config)
-    elif config.init_from and saved:
-        config = resumed(config, saved, run_dir)
     dataset = distributed.after_first("data", lambda: load_dataset(config.data))
-    if origin:
-        origin.require_fit(dataset, run_dir)
+    if weights:
+        weights.require_fit(dataset, run_dir)
     config = resolve(config, dataset, saved)
     distributed.require_same("config", {"data": dataset.fingerprint(), "jax": jax.__version__} | flat(config))
     mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate, state_bytes(config))
@@ -87,11 +96,11 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
         if not resume:
             best.drop_after(-1)  # of a run that was killed before it saved its state
         peak = _peak(mesh, config.model.dtype)  # before anything compiles beside it
-        steps = compile_steps(config, mesh, ahead=not (resume or origin))  # else weights come first, and may be damaged
+        steps = compile_steps(config, mesh, ahead=not (resume or weights))  # else weights come first
         run = Run(config, run_dir, dataset, mesh, steps, latest, best)
         stop = stack.enter_context(StopSignal(mesh))
-        state, progress = _resume(run) if resume else (_start(run, origin), Progress(dataset.fingerprint()))
-        origin = None  # or its parameters would stay
+        state, progress = _resume(run) if resume else (_start(run, weights), Progress(dataset.fingerprint()))
+        weights = None  # or its parameters would stay
         if int(state.step) >= config.train.max_steps:
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
             return 0
@@ -106,11 +115,11 @@ def train(config: Config, run_dir: Path, resume: bool) -> int:
         print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run_dir}")
         return 128 + stop.agreed
     if distributed.is_first():
-        _report(run, flops_per_token / peak)
+        _report(run, flops_per_token / peak, sample)
     return 0
 
 
-def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, stop: "StopSignal") -> int:
+def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, stop: StopSignal) -> int:
     """From `state` to the last step, or the one after which the run is told or decides to stop; that step."""
     options, step = run.config.train, int(state.step)
     finished = False
@@ -239,11 +248,11 @@ def resolve(config: Config, dataset: Dataset, saved: Config | None = None) -> Co
     return replace(config, model=replace(config.model, vocab_size=vocab_size or n_tokens, dtype=dtype))
 
 
-def _start(run: Run, origin: Origin | None) -> TrainState:
-    if origin is None:
+def _start(run: Run, weights: InitialWeights | None) -> TrainState:
+    if weights is None:
         return run.steps.init()
-    origin.copy_side_files(run.folder)
-    return run.steps.start(origin.load(run.config.model, run.steps.state.params, run.config.train.seed))
+    weights.copy_side_files(run.folder)
+    return run.steps.start(weights.load(run.config.model, run.steps.state.params, run.config.train.seed))
 
 
 def _resume(run: Run) -> tuple[TrainState, Progress]:
@@ -299,7 +308,7 @@ def _introduce(run: Run, step: int, peak: float) -> float:
     return float(flops_per_token)
 
 
-def _report(run: Run, mfu_per_token_rate: float) -> None:
+def _report(run: Run, mfu_per_token_rate: float, sample: Callable[[Path], str] | None) -> None:
     """Print report.md and write it: figures, and a sample of the best parameters' text."""
     some, tokenizer = run.dataset.val.window(0, 100_000), run.dataset.tokenizer
     metrics = report.read_metrics(run.folder / "metrics.csv")
@@ -310,64 +319,13 @@ def _report(run: Run, mfu_per_token_rate: float) -> None:
         characters_per_token=len(tokenizer.decode(some)) / len(some),
         mfu=None if math.isnan(mfu) else mfu,
         peak_memory=report.peak_memory_bytes(run.mesh.local_devices),
-        sample=_sample(run),
+        sample=sample(run.folder) if sample and _one_device_holds(run) else None,
     )
     write_atomically(run.folder / "report.md", text)
     print(f"\n{text}\ncurves: {run.folder / 'loss.png'}\nsample: python sample.py --run {run.folder}")
 
 
-def _sample(run: Run) -> str | None:
-    """Text by the best parameters; None where one device would not hold them with room to spare."""
+def _one_device_holds(run: Run) -> bool:
+    """Whether the parameters fit on one device with room to spare."""
     n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.steps.state.params))
-    if n_bytes > memory(run.mesh.local_devices[0]) / 2:
-        return None
-    config, params, tokenizer = load_run(run.folder, "best")
-    model = config.model.sampled_on(jax.default_backend())
-    chunks = generate(model, params, [tokenizer.prompt()], 400, Sampling(temperature=0.8), seeds=[0])
-    return tokenizer.decode(np.hstack([chunk.tokens_BC for chunk in chunks])[0]).strip("\n")
-
-
-class StopSignal:
-    """While it is entered, the first SIGINT or SIGTERM only asks to stop; the second one does what it always does.
-
-    Of several processes all stop after the same step, whichever was asked.
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.agreed, self._asked = 0, 0
-        everywhere, self._split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXES))
-        self._largest = jax.jit(jnp.max, out_shardings=everywhere)
-        self._pending: jax.Array | None = None
-
-    def agree(self) -> int:
-        """The number of the signal that the run was asked to stop by, 0 while it was not.
-
-        Several processes learn it one step late, so that no device waits for the host.
-        """
-        if distributed.count() == 1:
-            self.agreed = self._asked
-            return self.agreed
-        asked = np.full(1, self._asked, np.int32)
-        before, shape = self._pending, (math.prod(self._split.mesh.shape.values()),)
-        self._pending = self._largest(jax.make_array_from_callback(shape, self._split, lambda _: asked))
-        self.agreed = 0 if before is None else int(before)
-        return self.agreed
-
-    def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, signum: int, frame: Any) -> None:
-        self._asked = signum
-        self._restore()
-        with contextlib.suppress(OSError):  # whatever reads the output may be gone, by the same Ctrl-C
-            os.write(
-                1, b"\nsaving and stopping after this step; once more to stop at once and lose what is not saved\n"
-            )
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
+    return n_bytes <= memory(run.mesh.local_devices[0]) / 2

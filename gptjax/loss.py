@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gptjax.products import multiply
+from gptjax.matmul import multiply
 from gptjax.sharding import BATCH_AXES, mesh_in_use
 
 PIECE_BYTES = 256 << 20  # of float32 logits on one device

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from gptjax import distributed
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.run import write_atomically
+from gptjax.files import write_atomically
 
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second")
 SECONDS_BETWEEN_LINES = 5.0  # where output is no terminal

@@ -19,11 +19,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from gptjax import matrices
 from gptjax.attention import cached_attention, causal_attention, sequence_attention
 from gptjax.config import ModelConfig
-from gptjax.matrices import MATRICES, Int8
-from gptjax.products import multiply
+from gptjax.inference import quantize as matrices
+from gptjax.inference.quantize import MATRICES, Int8
+from gptjax.matmul import multiply
 from gptjax.sharding import constrain, gathered
 
 INIT_STD = 0.02  # GPT-2's code; section 2.3 of its paper adds 1/sqrt(number of residual branches)

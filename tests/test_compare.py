@@ -15,14 +15,15 @@ import pytest
 import scipy.special
 from test_evaluate import bigram
 
-from gptjax import chat, compare
+from gptjax import compare
 from gptjax.checkpoint import Checkpoints
 from gptjax.compare import Arguments, main, perplexity_per_byte
 from gptjax.config import Config, ModelConfig, TrainConfig
 from gptjax.errors import UserError
-from gptjax.language_model import Answer, LanguageModel
+from gptjax.hub.export import export
+from gptjax.inference import chat_template as chat
+from gptjax.inference.language_model import Answer, LanguageModel
 from gptjax.model import GPT
-from gptjax.pretrained import export
 from gptjax.tokenizer import Tokenizer
 
 BLOCK, N_NEW = 32, 10

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.config import SECTIONS, Config, DataConfig, MeshConfig, ModelConfig, Parser, TrainConfig, load_config_file
+from gptjax.cli import Parser, load_config_file
+from gptjax.config import SECTIONS, Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from gptjax.errors import UserError
 
 

@@ -17,10 +17,10 @@ from gptjax.data.prepare import Dataset
 from gptjax.data.token_files import Tokens, write_tokens
 from gptjax.errors import UserError
 from gptjax.evaluate import hellaswag, lambada, main, read_tokens, text_loss
-from gptjax.language_model import LanguageModel
+from gptjax.hub.export import export
+from gptjax.inference.language_model import LanguageModel
 from gptjax.loop import Run, validation_loss
 from gptjax.model import GPT
-from gptjax.pretrained import export
 from gptjax.sharding import make_mesh
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import compile_steps

@@ -10,15 +10,16 @@ import pytest
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import LINEAR_LAYERS, Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from gptjax.cost import Program
 from gptjax.errors import UserError
-from gptjax.families import draw_params, path_of
-from gptjax.generate import Sampling
-from gptjax.language_model import LanguageModel
+from gptjax.export import main
+from gptjax.hub.families import draw_params, path_of
+from gptjax.hub.init_from import open_origin
+from gptjax.hub.weights import merge_lora
+from gptjax.inference.generate import Sampling
+from gptjax.inference.language_model import LanguageModel
 from gptjax.model import GPT
 from gptjax.optimizer import freeze
-from gptjax.origin import open_origin
-from gptjax.pretrained import main, merge_lora
+from gptjax.planning.hlo_cost import Program
 from gptjax.sharding import make_mesh, one_device, with_shardings
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import compile_steps, loss_sum, trace_train_step
@@ -322,7 +323,7 @@ def test_a_run_with_it_talks_exports_and_starts_other_runs(run, trained, tmp_pat
     _, state, _ = trained[CONFIG.mesh]
     tokens_BT = batch(5)[0, :, :-1]
     logits_BTV = logits_of(CONFIG.model, state.params, tokens_BT)
-    main(["export", str(run), str(tmp_path / "exported")])
+    main([str(run), str(tmp_path / "exported")])
     for folder in (run, tmp_path / "exported"):
         model = LanguageModel.load(str(folder))
         assert replace(model.config, lora_alpha=PLAIN.lora_alpha) == PLAIN

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptjax.config import DataConfig, Parser, Section, argument, option
+from gptjax.cli import Parser
+from gptjax.config import DataConfig, Section, argument, option
+from gptjax.data.at_scale.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from gptjax.data.prepare import Format, prepare
-from gptjax.data.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from gptjax.errors import UserError, one_line_errors
 from gptjax.tokenizer import Tokenizer
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from rich.progress import Progress
 
 from gptjax.config import DataConfig
-from gptjax.data.token_files import replacing
 from gptjax.errors import UserError
+from gptjax.files import replacing
 
 _CHUNK = 1 << 16  # bytes; small, as a BPE trainer holds 256 chunks at once
 

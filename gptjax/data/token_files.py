@@ -9,8 +9,6 @@ import fnmatch
 import hashlib
 import itertools
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -20,6 +18,7 @@ from jaxtyping import Integer
 
 from gptjax.data import remote
 from gptjax.errors import UserError
+from gptjax.files import replacing
 
 MANIFEST = "data.json"
 UINT16, UINT32 = np.dtype("<u2"), np.dtype("<u4")
@@ -207,17 +206,6 @@ def token_writer(path: Path, dtype: np.dtype, *, header: bool = True) -> Iterato
         if header:
             file.seek(0)
             file.write(np.array([*_MAGIC[dtype], n], "<i4").data)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path whose file takes `path`'s name when the block ends well, and is removed when it does not."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _by_shard(arrays: Iterable[np.ndarray], size: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -16,12 +16,14 @@ from safetensors.numpy import load_file, save_file
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
-from gptjax.families import draw_params, expected_tensors, read_config
-from gptjax.generate import Sampling, generate
-from gptjax.language_model import LanguageModel
+from gptjax.export import main
+from gptjax.hub.export import export
+from gptjax.hub.families import draw_params, expected_tensors, read_config
+from gptjax.hub.init_from import open_origin
+from gptjax.hub.weights import merge_lora
+from gptjax.inference.generate import Sampling, generate
+from gptjax.inference.language_model import LanguageModel
 from gptjax.model import GPT, rope_angles
-from gptjax.origin import open_origin
-from gptjax.pretrained import export, main, merge_lora
 from gptjax.sharding import make_mesh, one_device, with_shardings
 from gptjax.tokenizer import Tokenizer
 
@@ -221,7 +223,7 @@ def test_shards_are_read_as_one_file_is(name, open_case, tmp_path, assert_trees_
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_exported_comes_back(name, open_case, tmp_path):
     case = open_case(name)
-    main(["export", str(case.folder), str(tmp_path / "out")])
+    main([str(case.folder), str(tmp_path / "out")])
     assert_same_tensors(tmp_path / "out", case.model)
     again = read_back(tmp_path / "out")
     assert type(again) is type(case.model) and again.dtype == torch.float32
@@ -264,7 +266,7 @@ def test_half_precision_comes_back_bit_by_bit(name, dtype, open_case, tmp_path):
     assert_same_tensors(folder, half, dtype)
     ours = LanguageModel.load(str(folder), dtype="float32")
     assert {leaf.dtype for leaf in jax.tree.leaves(ours.params)} == {jnp.dtype("float32")}
-    main(["export", str(folder), str(tmp_path / "out"), "--dtype", dtype])
+    main([str(folder), str(tmp_path / "out"), "--dtype", dtype])
     assert_same_tensors(tmp_path / "out", half, dtype)
     assert read_back(tmp_path / "out").dtype == getattr(torch, dtype)
     logits_BTV = logits_of(ours.config, ours.params, tokens_BT)
@@ -421,7 +423,7 @@ def run_dir(request, scramble, tmp_path_factory):
 
 
 def test_a_run_is_exported(run_dir, scramble, tmp_path):
-    main(["export", str(run_dir), str(tmp_path / "out")])
+    main([str(run_dir), str(tmp_path / "out")])
     config, ours = Config.from_json(run_dir / "config.json").model, LanguageModel.load(str(run_dir))
     ids = ours.tokenizer.encode(VERSE)
     expected_BTV = logits_of(config, scramble(config), ids[None])
@@ -438,7 +440,7 @@ def test_a_run_is_exported(run_dir, scramble, tmp_path):
 def test_the_tokenizer_of_a_run_is_exported(run_dir, tmp_path, request):
     if "qwen2" in request.node.callspec.id:
         request.applymarker(pytest.mark.xfail(reason="transformers reads each qwen2 folder's tokenizer as Qwen's own"))
-    main(["export", str(run_dir), str(tmp_path / "out")])
+    main([str(run_dir), str(tmp_path / "out")])
     ids = Tokenizer.load(run_dir / "tokenizer.json").encode(VERSE)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs(VERSE).input_ids == ids.tolist() and theirs.decode(ids.tolist()) == VERSE
@@ -497,7 +499,7 @@ def test_nanogpts_checkpoint(bias, compiled, scramble, tmp_path):
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 48), np.int32)
     expected_BTV = reference(torch.from_numpy(tokens_BT).long()).detach().numpy()
     assert_same_logits(logits_of(ours.config, ours.params, tokens_BT), expected_BTV)
-    main(["export", str(tmp_path / "ckpt.pt"), str(tmp_path / "out")])
+    main([str(tmp_path / "ckpt.pt"), str(tmp_path / "out")])
     assert_same_logits(huggingface.logits_of(read_back(tmp_path / "out"), tokens_BT), expected_BTV)
     cropped, params = start(tmp_path / "ckpt.pt", one_device(), block_size=20)
     assert_same_logits(logits_of(cropped, params, tokens_BT[:, :20]), expected_BTV[:, :20])

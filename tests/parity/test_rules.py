@@ -11,8 +11,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import ModelConfig
-from gptjax.generate import Sampling, apply_rules
-from gptjax.language_model import Answer, LanguageModel, _Row
+from gptjax.inference.generate import Sampling, apply_rules
+from gptjax.inference.language_model import Answer, LanguageModel, _Row
 from gptjax.tokenizer import TextStream, Tokenizer
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch; pip install 'gptjax[test]' brings it")

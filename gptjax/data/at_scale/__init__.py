@@ -1,0 +1,1 @@
+"""Tokenize corpora larger than memory."""

@@ -1,0 +1,1 @@
+"""Text from a trained model: decoding, sampling rules, chat templates."""

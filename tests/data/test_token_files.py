@@ -1,0 +1,310 @@
+"""Token files: nanoGPT's and llm.c's, written whole or not at all, read as one sequence."""
+
+import errno
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import DataConfig
+from gptjax.data import load_dataset, remote
+from gptjax.data.batches import windows
+from gptjax.data.token_files import UINT16, UINT32, Tokens, dtype_for, open_split, write_split, write_tokens
+from gptjax.errors import UserError
+from gptjax.files import replacing
+from gptjax.tokenizer import Tokenizer
+
+anywhere = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+dtypes = pytest.mark.parametrize("dtype", [UINT16, UINT32], ids=str)
+
+
+def split_of(folder, split="train"):
+    return open_split(folder, split)
+
+
+@dtypes
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    size=st.integers(1, 30),
+    start=st.integers(0, 200),
+    length=st.integers(0, 60),
+)
+@anywhere
+def test_shards_read_as_one_sequence(tmp_path_factory, dtype, lengths, size, start, length):
+    folder = tmp_path_factory.mktemp("shards")
+    ids = np.arange(sum(lengths), dtype=np.int32) * (1000 if dtype == UINT32 else 100)
+    arrays = np.split(ids, np.cumsum(lengths)[:-1])
+    assert write_split(folder, "train", arrays, dtype, "llmc", shard_tokens=size) == len(ids)
+    if not len(ids):
+        return
+    tokens = split_of(folder)
+    assert len(tokens.paths) == -(-len(ids) // size) and len(tokens) == len(ids) and tokens.dtype == dtype
+    assert tokens.window(start, length).tolist() == ids[start : start + length].tolist()
+
+
+def test_a_flat_file_is_nanogpts_bytes_and_nothing_else(tmp_path):
+    ids = np.array([0, 65535, 50256], np.int32)
+    assert write_tokens(tmp_path / "train.bin", iter([ids[:1], ids[1:]]), UINT16) == 3
+    assert (tmp_path / "train.bin").read_bytes() == np.array(ids, "<u2").tobytes()
+    assert split_of(tmp_path).window(0, 9).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("dtype, magic", [(UINT16, [20240520, 1]), (UINT32, [20240801, 7])], ids=str)
+def test_a_shard_is_llm_cs_header_and_tokens(tmp_path, dtype, magic):
+    write_split(tmp_path, "val", [np.arange(5)], dtype, "llmc")
+    data = (tmp_path / "val_000000.bin").read_bytes()
+    assert np.frombuffer(data[:1024], "<i4").tolist() == [*magic, 5] + [0] * 253
+    assert data[1024:] == np.arange(5).astype(dtype).tobytes()
+
+
+def test_the_manifest_says_that_a_flat_file_is_wide(tmp_path):
+    write_tokens(tmp_path / "train.bin", [np.array([70_000, 1])], UINT32)
+    assert split_of(tmp_path).window(0, 9).tolist() == [70_000 - 65_536, 1, 1, 0]
+    (tmp_path / "data.json").write_text('{"dtype": "uint32"}')
+    assert split_of(tmp_path).window(0, 9).tolist() == [70_000, 1]
+
+
+def test_the_dtype_is_wide_only_where_it_must_be():
+    assert [dtype_for(n) for n in (65, 50257, 65536, 65537)] == [UINT16, UINT16, UINT16, UINT32]
+
+
+def damaged(header, n_bytes):
+    return np.array(header + [0] * (256 - len(header)), "<i4").tobytes() + bytes(n_bytes)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"abc", damaged([20240520, 1, 9], 17), damaged([20240520, 1, 9], 20), damaged([20240801, 7, 9], 18),
+     damaged([20240520, 1, -1], 0), damaged([20240520, 1, 9], 0)[:500]],
+    ids=["odd", "short", "long", "narrow", "negative", "no header"],
+)  # fmt: skip
+def test_damaged_files_are_named(tmp_path, data):
+    (tmp_path / "train.bin").write_bytes(data)
+    with pytest.raises(UserError, match=r"train\.bin .*copy it again"):
+        split_of(tmp_path)
+
+
+def test_files_that_are_missing_or_mixed_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*train\.bin"):
+        Tokens([tmp_path / "train.bin"])
+    write_tokens(tmp_path / "a.bin", [np.arange(3)], UINT16, header=True)
+    write_tokens(tmp_path / "b.bin", [np.arange(3)], UINT32, header=True)
+    with pytest.raises(UserError, match="two folders"):
+        Tokens([tmp_path / "a.bin", tmp_path / "b.bin"])
+
+
+def test_tokens_cannot_be_written_to(tmp_path):
+    write_tokens(tmp_path / "train.bin", [np.arange(9)], UINT16)
+    with pytest.raises(ValueError, match="read-only"):
+        split_of(tmp_path).window(0, 3)[0] = 1
+
+
+def test_the_fingerprint_is_of_the_tokens_not_of_their_place(tmp_path):
+    prints = []
+    for name, ids in {"a": [1, 2, 3], "b": [1, 2, 3], "c": [1, 2, 4], "d": [1, 2], "e": [9, 2, 3]}.items():
+        (tmp_path / name).mkdir()
+        write_tokens(tmp_path / name / "train.bin", [np.array(ids)], UINT16)
+        prints.append(split_of(tmp_path / name).fingerprint())
+    assert prints[0] == prints[1] and len(set(prints)) == 4
+
+
+@pytest.mark.parametrize("place", [0, 1_999_999])
+def test_the_fingerprint_of_a_large_file_is_of_its_ends(tmp_path, place):
+    ids = np.zeros(2_000_000, np.uint16)
+    write_tokens(tmp_path / "train.bin", [ids], UINT16)
+    before = split_of(tmp_path).fingerprint()
+    ids[place] = 1
+    write_tokens(tmp_path / "train.bin", [ids], UINT16)
+    assert split_of(tmp_path).fingerprint() != before
+
+
+@pytest.mark.parametrize("form", ["nanogpt", "llmc"])
+def test_a_full_disk_leaves_no_half_file(tmp_path, form):
+    def arrays():
+        yield np.arange(100_000)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_split(tmp_path, "train", [np.arange(5)], UINT16, form)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OSError, match="No space left") as error:
+        write_split(tmp_path, "train", arrays(), UINT16, form)
+    assert error.value.errno == errno.ENOSPC
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_real_write_error_keeps_its_number(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    signal = pytest.importorskip("signal")
+    monkeypatch.setattr(signal, "ignored", signal.signal(signal.SIGXFSZ, signal.SIG_IGN), raising=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            write_tokens(tmp_path / "train.bin", [np.arange(100_000)], UINT16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG and list(tmp_path.iterdir()) == []
+
+
+def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("ha")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+# In a bucket
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty bucket; its filesystem, which notes every call of `cat_ranges` and fails as often as it is told."""
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.calls, files.failures = [], []
+    plain = type(files).cat_ranges
+
+    def cat_ranges(paths, starts, ends, **options):
+        files.calls.append(len(paths))
+        if files.failures and (failure := files.failures.pop(0)) is not None:
+            if isinstance(failure, Exception):
+                raise failure
+            return [failure(data) for data in plain(files, paths, starts, ends, **options)]
+        return plain(files, paths, starts, ends, **options)
+
+    monkeypatch.setattr(files, "cat_ranges", cat_ranges, raising=False)
+    monkeypatch.setattr(remote, "_WAITS", (0, 0))
+    return files
+
+
+def copy_to(bucket, folder, name="bucket/run"):
+    for path in folder.iterdir():
+        bucket.pipe_file(f"/{name}/{path.name}", path.read_bytes())
+    return f"memory://{name}"
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any),
+    starts=st.lists(st.integers(0, 260), max_size=5),
+    length=st.integers(0, 60),
+    header=st.booleans(),
+)
+@dtypes
+@anywhere
+def test_a_bucket_reads_as_a_disk_does(tmp_path_factory, bucket, dtype, lengths, starts, length, header):
+    folder = tmp_path_factory.mktemp("shards")
+    bucket.store.clear()
+    for number, n in enumerate(lengths):
+        ids = np.arange(n) + 1000 * number
+        write_tokens(folder / f"train_{number:06}.bin", [ids], dtype, header=header)
+    (folder / "data.json").write_text(f'{{"dtype": "{dtype.name}"}}')
+    local, distant = split_of(folder), split_of(copy_to(bucket, folder))
+    assert len(local) == len(distant) and local.dtype == distant.dtype
+    assert local.fingerprint() == distant.fingerprint()
+    bucket.calls.clear()
+    expected = [window.tolist() for window in local.windows(starts, length)]
+    assert [window.tolist() for window in distant.windows(starts, length)] == expected
+    assert len(bucket.calls) <= 1  # however many windows
+    for start in starts:
+        assert distant.window(start, length).tolist() == local.window(start, length).tolist()
+
+
+def prepared(tmp_path, split_size=100):
+    """A folder as it is copied to a bucket: shards, their tokenizer and a manifest."""
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    for split in ("train", "val"):
+        write_split(folder, split, [np.arange(250) % 7], UINT16, "llmc", shard_tokens=split_size)
+    Tokenizer.characters("abcdefg").save(folder / "tokenizer.json")
+    (folder / "data.json").write_text('{"dtype": "uint16", "parts": 3}')
+    return folder
+
+
+@pytest.mark.parametrize("url", ["memory", "file"])
+def test_a_data_set_opens_from_a_url_as_from_a_folder(tmp_path, bucket, url):
+    folder = prepared(tmp_path)
+    source = copy_to(bucket, folder) + "/" if url == "memory" else f"file://{folder}"
+    local, distant = (load_dataset(DataConfig(source=str(each))) for each in (folder, source))
+    assert distant.fingerprint() == local.fingerprint() and distant.folder == source.rstrip("/")
+    assert distant.tokenizer.to_json() == local.tokenizer.to_json()
+    starts = np.array([0, 95, 249, 300, 240])
+    bucket.calls.clear()
+    batch = windows(distant.train, starts, 20, vocab_size=7)
+    assert (batch == windows(local.train, starts, 20, vocab_size=7)).all()
+    assert bucket.calls == ([5] if url == "memory" else [])  # one span of two shards, one past the end
+    with pytest.raises(UserError, match="train_000000.bin .*token 6.*vocab_size=6"):
+        windows(distant.train, starts, 20, vocab_size=6)
+
+
+def test_a_url_without_token_files_or_with_some_says_what_to_do(tmp_path, bucket):
+    with pytest.raises(UserError, match="memory://nothing holds no token files: make them with"):
+        load_dataset(DataConfig(source="memory://nothing"))
+    source = copy_to(bucket, prepared(tmp_path))
+    bucket.rm(f"{source}/train_000001.bin")
+    with pytest.raises(UserError, match="2 of 3 train shards"):
+        load_dataset(DataConfig(source=source))
+    with pytest.raises(UserError, match=r"gs://bucket/x .*gcsfs.*pip install 'gptjax\[data\]'"):
+        load_dataset(DataConfig(source="gs://bucket/x"))
+
+
+@pytest.mark.parametrize("cut", [500, 1100], ids=["header", "tokens"])
+def test_a_shard_that_was_cut_on_its_way_to_a_bucket_is_named(tmp_path, bucket, cut):
+    source = copy_to(bucket, prepared(tmp_path))
+    whole = bucket.cat_file(f"{source}/train_000001.bin")
+    bucket.pipe_file(f"{source}/train_000001.bin", whole[:cut])
+    with pytest.raises(UserError, match=r"memory://bucket/run/train_000001.bin .*copy it again"):
+        load_dataset(DataConfig(source=source))
+
+
+def test_a_read_that_fails_is_tried_again_and_only_what_failed(tmp_path, bucket):
+    source = copy_to(bucket, prepared(tmp_path))
+    tokens = split_of(source)
+    bucket.calls.clear()
+    first_fails = iter([OSError("reset"), *[None] * 9])
+    bucket.failures = [lambda data: next(first_fails) or data, TimeoutError("slow")]
+    assert [window.tolist() for window in tokens.windows([0, 7, 14], 3)] == [[0, 1, 2]] * 3
+    assert bucket.calls == [3, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "failure, complaint",
+    [
+        (OSError("reset"), "OSError: reset"),
+        (lambda data: data[:1], "1 bytes came of 6"),
+        (TimeoutError("slow"), "slow"),
+    ],
+)
+def test_a_read_that_keeps_failing_is_named(tmp_path, bucket, failure, complaint):
+    tokens = split_of(copy_to(bucket, prepared(tmp_path)))
+    bucket.calls.clear()
+    bucket.failures = [failure] * 9
+    with pytest.raises(UserError, match=rf"cannot read memory://bucket/run/train_000000.bin: .*{complaint}"):
+        tokens.window(0, 3)
+    assert len(bucket.calls) == 3
+
+
+def test_a_file_that_is_gone_is_not_asked_for_again(tmp_path, bucket):
+    source = copy_to(bucket, prepared(tmp_path))
+    tokens = split_of(source)
+    bucket.rm(f"{source}/train_000000.bin")
+    bucket.calls.clear()
+    with pytest.raises(UserError, match="train_000000.bin: FileNotFoundError"):
+        tokens.window(0, 3)
+    assert bucket.calls == [1]
+
+
+def test_the_fingerprint_of_many_shards_reads_no_gigabytes(tmp_path, monkeypatch):
+    read, plain = [], Tokens._both_ends
+    monkeypatch.setattr(Tokens, "_both_ends", lambda tokens, n: read.append(n * 2) or plain(tokens, n))
+    write_tokens(tmp_path / "train_000000.bin", [np.arange(9)], UINT16, header=True)
+    for n_shards in (1, 64, 128):
+        Tokens([tmp_path / "train_000000.bin"] * n_shards).fingerprint()
+    assert read == [1 << 20, 1 << 20, 1 << 19]

@@ -1,0 +1,226 @@
+"""FLOPs are those counted by hand, and what moves is read from compiled text as it stands there."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from gptjax.config import Config, ModelConfig, TrainConfig
+from gptjax.flops import matmul_params, train_flops_per_token
+from gptjax.planning.hlo_cost import Program, flops, shape_bytes
+from gptjax.training import init_state, train_step
+
+
+def flops_of(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def test_products_count_as_often_as_they_run():
+    def looped(x, ws):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, ws)[0]
+
+    assert flops_of(looped, (3, 4), (5, 4, 4)) == 5 * 2 * 3 * 4 * 4
+    assert flops_of(jax.jit(looped), (3, 4), (5, 4, 4)) == 5 * 2 * 3 * 4 * 4
+    assert flops_of(lambda x, y: jnp.einsum("bij,bkj->bik", x, y), (7, 3, 4), (7, 5, 4)) == 2 * 7 * 3 * 5 * 4
+    assert flops_of(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x), (3, 4), (4, 4)) == 192
+
+
+def test_what_remat_computes_again_counts_again():
+    def loss(x, w):
+        return jnp.sum(jnp.sin(jnp.sin(x @ w) @ w))
+
+    once = flops_of(loss, (3, 4), (4, 4))
+    assert flops_of(jax.grad(loss, (0, 1)), (3, 4), (4, 4)) == 3 * once
+    again = flops_of(jax.grad(jax.checkpoint(loss, policy=None), (0, 1)), (3, 4), (4, 4))
+    assert again == 4 * once
+
+
+def test_a_layers_products_are_kept_or_computed_again_as_remat_says():
+    counted = {remat: step_flops("plain", layers="looped", remat=remat)[0] for remat in ("none", "dots", "full")}
+    model = step_flops("plain")[1].model
+    places = 4 * model.block_size * model.n_layer
+    attention = 4 * model.block_size * model.n_embd * places  # scores, and values by weights
+    assert counted["dots"] - counted["none"] == attention
+    # 4 matrices of attention and "up": no gradient needs what "down" gives.
+    assert counted["full"] - counted["none"] == attention + 2 * 8 * model.n_embd**2 * places
+
+
+def test_frozen_weights_have_no_gradient():
+    trained, config, params = step_flops("plain")
+    places = 4 * config.model.block_size
+    lora = step_flops("plain", lora_rank=8, lora_layers="query,value")[0]
+    # By kernels alone: that by the head comes with the loss.
+    frozen = 2 * (matmul_params(params) - config.model.padded_vocab_size * config.model.n_embd) * places
+    # Query and value have two products of rank 8 each: one forward and two in the gradient.
+    updates = 2 * 2 * 3 * 2 * config.model.n_embd * 8 * config.model.n_layer * places
+    assert trained - lora == frozen - updates
+
+
+def test_shard_map_counts_on_every_device():
+    mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
+    split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))
+    assert flops_of(split, (16, 4), (4, 4)) == 2 * 16 * 4 * 4
+
+
+def step_flops(attention, **model):
+    config = Config(
+        model=ModelConfig(
+            vocab_size=2048, n_layer=3, n_head=4, n_embd=256, attention=attention, dtype="float32", **model
+        ),
+        train=TrainConfig(batch_size=4, accumulate=2),
+    )
+    state = jax.eval_shape(lambda: init_state(config))
+    windows = jax.ShapeDtypeStruct((2, 2, config.model.block_size + 1), jnp.int32)
+    counted = flops(jax.make_jaxpr(partial(train_step, config))(state, windows).jaxpr)
+    return counted, config, state.params
+
+
+@pytest.mark.parametrize("layers", ["looped", "unrolled"])
+def test_a_step_has_the_flops_that_mfu_counts(layers):
+    counted, config, params = step_flops("plain", layers=layers, block_size=64)
+    per_token = train_flops_per_token(n_matmul_params=matmul_params(params), n_layer=3, n_embd=256, block_size=64)
+    assert counted == per_token * 4 * 64
+
+
+def test_splash_attention_counts_the_blocks_that_causality_leaves():
+    T = 2048  # two blocks of queries and of keys: three of the four pairs are left
+    counted, config, params = step_flops("splash", layers="looped", block_size=T)
+    products = 6 * matmul_params(params) * 4 * T
+    attention = (2 + 5) * 2 * 4 * T * T * 256 * 3  # forward 2 products, backward 5: rows x T x T x width x layers
+    sums = 2 * 4 * T * 256 * 3  # of the result by its gradient, which are a product of JAX's outside the kernel
+    assert counted == products + sums + attention * 3 / 4
+
+
+def compiled(function, mesh, in_specs, out_specs, *shapes):
+    sharded = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return Program(sharded.lower(*arguments).compile().as_text(), mesh.size)
+
+
+def test_collectives_of_a_compiled_program():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+
+    def step(x):
+        def body(x, _):
+            whole = jax.lax.all_gather(x, "b", tiled=True)  # [8, 16] from [2, 16]: 3 of 4 parts come from others
+            return jax.lax.psum_scatter(jnp.sin(whole), "b", tiled=True) + x, None
+
+        x, _ = jax.lax.scan(body, x, length=5)
+        return jax.lax.ppermute(jax.lax.psum(x, "a"), "b", [(i, (i + 1) % 4) for i in range(4)])
+
+    program = compiled(step, mesh, P(("a", "b")), P(("a", "b")), (16, 16))
+    found = {each.kind: each for each in program.collectives()}
+    size = 2 * 16 * 4
+    assert {kind: (each.nbytes, each.times) for kind, each in found.items()} == {
+        "all-gather": (3 * size, 5),
+        "reduce-scatter": (3 * size, 5),
+        "all-reduce": (size, 1),  # to and from one other, half each way
+        "collective-permute": (size, 1),
+    }
+    assert found["all-gather"].group == (0, 1, 2, 3)
+    assert found["all-reduce"].group == (0, 4)
+
+
+def test_traffic_of_a_compiled_program():
+    program = Program(
+        jax.jit(lambda x, y: (x + 1) @ y).lower(jnp.zeros((64, 32)), jnp.zeros((32, 16))).compile().as_text(), 1
+    )
+    # x is read and x + 1 written; that and y are read, and the product is written.
+    assert program.traffic() == 4 * (2 * 64 * 32 + 64 * 32 + 32 * 16 + 64 * 16)
+
+
+# Written in the form of the text that the TPU compiler gives: a loop without a noted number of trips, a transfer that
+# is spread over fusions, arrays in on-chip memory (S(1)), a stack of layers of which each trip touches one.
+# ruff: noqa: E501
+TPU = """HloModule jit_step
+
+%slice_fusion (param_0: bf16[12,8,128], param_1: s32[]) -> bf16[1,8,128] {
+  %param_0 = bf16[12,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %param_1 = s32[]{:T(128)} parameter(1)
+  ROOT %dynamic-slice.1 = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_0, %param_1, %param_1, %param_1)
+}
+
+%update_fusion (param_0.1: bf16[12,8,128], param_1.1: bf16[1,8,128], param_2.1: s32[]) -> bf16[12,8,128] {
+  %param_0.1 = bf16[12,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %param_1.1 = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %param_2.1 = s32[]{:T(128)} parameter(2)
+  ROOT %dynamic-update-slice.1 = bf16[12,8,128]{2,1,0} dynamic-update-slice(%param_0.1, %param_1.1, %param_2.1)
+}
+
+%first_fusion (param_0.2: bf16[2,128]) -> (bf16[8,128]) {
+  %param_0.2 = bf16[2,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%param_0.2), channel_id=6, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, frontend_attributes={chain_id="9"}
+  ROOT %custom-call.1 = (bf16[8,128]{1,0:T(8,128)(2,1)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%last_fusion (param_0.3: bf16[2,128]) -> bf16[8,128] {
+  %param_0.3 = bf16[2,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.2 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%param_0.3), channel_id=6, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, frontend_attributes={chain_id="9"}
+  ROOT %custom-call.2 = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%param_0.3, %all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%scatter_fusion (param_0.4: f32[8,128]) -> f32[1,128] {
+  %param_0.4 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %all-reduce.1 = f32[8,128]{1,0:T(8,128)} all-reduce(%param_0.4), replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0','axis_1'}, to_apply=%add
+  %constant.9 = s32[]{:T(128)} constant(0)
+  ROOT %dynamic-slice.2 = f32[1,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %constant.9, %constant.9)
+}
+
+%body (carry: (s32[], bf16[12,8,128], bf16[12,8,128], bf16[2,128])) -> (s32[], bf16[12,8,128], bf16[12,8,128], bf16[2,128]) {
+  %carry = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%carry), index=0
+  %weights = bf16[12,8,128]{2,1,0} get-tuple-element(%carry), index=1
+  %kept = bf16[12,8,128]{2,1,0} get-tuple-element(%carry), index=2
+  %part = bf16[2,128]{1,0} get-tuple-element(%carry), index=3
+  %one = bf16[1,8,128]{2,1,0:T(8,128)(2,1)S(1)} fusion(%weights, %i), kind=kLoop, calls=%slice_fusion
+  %start = (bf16[8,128]{1,0}) fusion(%part), kind=kCustom, calls=%first_fusion
+  %done = bf16[8,128]{1,0} fusion(%part), kind=kCustom, calls=%last_fusion
+  %new = bf16[12,8,128]{2,1,0} fusion(%kept, %one, %i), kind=kLoop, calls=%update_fusion
+  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) tuple(%i, %weights, %new, %part)
+}
+
+%condition (carry.1: (s32[], bf16[12,8,128], bf16[12,8,128], bf16[2,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(12)
+  %carry.1 = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (p0: (s32[], bf16[12,8,128], bf16[12,8,128], bf16[2,128]), p1: f32[8,128]) -> f32[1,128] {
+  %p0 = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) parameter(0)
+  %p1 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %while.1 = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) while(%p0), condition=%condition, body=%body, metadata={op_name="jit(step)/jvp(GPT.hidden)/while"}
+  ROOT %scattered = f32[1,128]{1,0:T(8,128)} fusion(%p1), kind=kCustom, calls=%scatter_fusion
+}
+"""
+
+
+def test_a_tpu_program_is_read():
+    program = Program(TPU, 8)
+    assert program.runs == {"main": 1, "body": 12}
+    gather, scatter = sorted(program.collectives(), key=lambda each: each.kind)
+    assert gather == ("all-gather", "bf16[8,128]", 3 * 2 * 128 * 2, (0, 2, 4, 6), 12)
+    assert (scatter.kind, scatter.nbytes, scatter.times) == ("reduce-scatter", 8 * 128 * 4 * 7 / 8, 1)
+    assert scatter.group == (0, 2, 4, 6, 1, 3, 5, 7)
+    assert program.stacked_bytes(12) == 12 * 8 * 128 * 2
+    assert program.stacked_bytes(11) == 0
+
+
+def test_traffic_counts_a_layer_of_a_stack_and_nothing_on_the_chip():
+    one, counter = 8 * 128 * 2, 4
+    body = (one + counter) + (one + counter)  # the slice is read, its copy stays on the chip; the update is written
+    gathered = 2 * 128 * 2 * 2  # two fusions of the chain read the part
+    entry = 8 * 128 * 4 + 128 * 4
+    program = Program(TPU, 8)
+    rest = program.traffic() - 12 * body - entry
+    assert 0 <= rest <= 12 * (gathered + 8 * 128 * 2)
+
+
+def test_bytes_of_shapes():
+    assert shape_bytes("(f32[2,3]{1,0}, bf16[4], pred[], u32[]{:S(2)})") == 24 + 8 + 1 + 4
+    assert shape_bytes("(f32[2,3]{1,0:T(8,128)S(1)}, s8[5]{0})", slow_only=True) == 5
