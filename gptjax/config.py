@@ -49,11 +49,6 @@ class DataConfig(Section):
     )
     tokenizer: str = option("char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json")
     vocab_size: int = option(4096, "tokens that a 'bpe' tokenizer learns")
-    bpe_dropout: float = option(
-        0.0,
-        "'bpe': write the training text 16 times, each passage without this part of the merges, others each time, so "
-        "that a small text is not soon learned by heart",
-    )
     val_fraction: float = option(0.1, "the part of the text, at its end, that validates")
     order: Literal["random", "epoch"] = option(
         "random", "'random' windows, or 'epoch': every window once per epoch, shuffled"
@@ -63,8 +58,6 @@ class DataConfig(Section):
 
     def validate(self) -> None:
         self.require(self.vocab_size >= 257, "vocab_size", "is less than 257: 256 bytes and the end-of-text token")
-        self.require(0 <= self.bpe_dropout < 1, "bpe_dropout", "is not in [0, 1)")
-        self.require(not self.bpe_dropout or self.tokenizer == "bpe", "bpe_dropout", "needs --data.tokenizer bpe")
         self.require(0 < self.val_fraction < 1, "val_fraction", "is not between 0 and 1")
 
 
@@ -321,6 +314,8 @@ class Config(Section):
 
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
+# Fields of config.json that gptjax 0.1 wrote, with the value at which they change nothing (None: any value).
+RETIRED = {"data.bpe_dropout": None, "model.zero_init": None, "model.ngram_rows": None, "model.ngram": 1}
     "model": ModelConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,

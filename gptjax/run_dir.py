@@ -29,7 +29,6 @@ FREE_ON_RESUME = {
     "train.patience",
     "data.source",
     "data.tokenizer",
-    "data.bpe_dropout",
     "data.sha256",
     "data.dir",
     "mesh.data",  # another mesh adds the same numbers in another order

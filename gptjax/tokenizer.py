@@ -19,7 +19,6 @@ END_OF_TEXT = "<|endoftext|>"
 Ids = Iterable[int] | Integer[np.ndarray, " T"]
 _CHARACTER = r"[\s\S]"  # "." leaves out the newline
 _BATCH = 16  # chunks that the library encodes at once, in its threads
-_PASSAGE = 1024  # characters, about, that are encoded by the same part of a BPE's merges
 
 
 class Tokenizer:
@@ -159,19 +158,6 @@ class Tokenizer:
         pieces = safe_chunks(chunks)
         while batch := list(itertools.islice(pieces, _BATCH)):
             yield from self.encode_batch(batch)
-
-    def encode_varied(self, chunks: Iterable[str], dropout: float, seed: int) -> Iterator[Int32[np.ndarray, " _"]]:
-        """Encode a text by a BPE, each passage of about 1,000 characters without this part of the merges, by the seed.
-
-        BPE-dropout (Provilkov et al., 2020) draws for every word, which the library does by a generator without a seed.
-        """
-        spec = json.loads(self.to_json())
-        vocabulary, merges = spec["model"]["vocab"], [tuple(merge) for merge in spec["model"]["merges"]]
-        passage, rng = Tokenizer.from_json(self.to_json(), "the BPE"), np.random.default_rng(seed)
-        for text in safe_chunks(chunk[i : i + _PASSAGE] for chunk in chunks for i in range(0, len(chunk), _PASSAGE)):
-            kept = itertools.compress(merges, rng.random(len(merges)) >= dropout)
-            passage._library.model = models.BPE(vocabulary, list(kept))
-            yield passage.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " _"]]:
         """The ids of each text, in which names of special tokens are plain text; in as many threads as there are cores.

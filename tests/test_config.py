@@ -71,8 +71,6 @@ def test_mistakes_on_the_command_line_are_one_line(argv, words):
         (lambda: ModelConfig(n_layer=True), ["model.n_layer=True", "integer"]),
         (lambda: ModelConfig(dtype="float16"), ["model.dtype='float16'", "bfloat16"]),
         (lambda: DataConfig(val_fraction=1), ["data.val_fraction=1"]),
-        (lambda: DataConfig(bpe_dropout=0.1), ["data.bpe_dropout=0.1", "--data.tokenizer bpe"]),
-        (lambda: DataConfig(tokenizer="bpe", bpe_dropout=1), ["data.bpe_dropout=1"]),
         (lambda: ModelConfig(attention_dropout=-0.1), ["model.attention_dropout=-0.1"]),
         (lambda: ModelConfig(dropout=0.1, attention="blockwise"), ["model.attention=", "--model.attention_dropout 0"]),
         (lambda: TrainConfig(eval_interval=0), ["train.eval_interval=0"]),

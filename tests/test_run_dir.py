@@ -46,7 +46,7 @@ BASE = Config(data=DataConfig(tokenizer="bpe"))
 SECTIONS = [DataConfig, ModelConfig, OptimizerConfig, TrainConfig, MeshConfig]
 OTHER = {
     "data.source": "elsewhere.txt", "data.sha256": "ab", "data.dir": "elsewhere", "data.order": "epoch",
-    "data.tokenizer": "char", "data.bpe_dropout": 0.1, "optimizer.beta1": 0.5, "optimizer.beta2": 0.5,
+    "data.tokenizer": "char", "optimizer.beta1": 0.5, "optimizer.beta2": 0.5,
     "model.dtype": "float32", "model.bias": True, "model.dropout": 0.5, "model.attention_dropout": 0.5,
     "model.n_embd": 390, "model.n_head": 3, "model.activation": "swiglu", "model.norm": "rmsnorm",
     "model.position": "rope", "model.n_kv_head": 2, "model.qkv_bias": True, "model.tied_head": False,
@@ -56,7 +56,7 @@ OTHER = {
     "model.attention": "plain", "model.layers": "looped", "model.remat": "full",
     "optimizer.decay_steps": 2000, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
 }  # fmt: skip
-FREE = """model.attention model.layers model.remat data.tokenizer data.bpe_dropout data.source data.sha256 data.dir
+FREE = """model.attention model.layers model.remat data.tokenizer data.source data.sha256 data.dir
 train.eval_interval train.eval_batches train.save_interval train.log_interval train.patience mesh.data mesh.fsdp
 mesh.tensor optimizer.decay_steps""".split()
 

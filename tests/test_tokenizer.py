@@ -125,19 +125,6 @@ def test_a_text_has_the_same_ids_however_it_is_cut(request, name, text, sizes):
     assert "".join(safe_chunks(cut(text, sizes))) == text
 
 
-def test_varied_ids_are_the_same_text_in_other_pieces(bpe):
-    text = (PROSE * 20)[:5000]
-
-    def ids(dropout, seed):
-        passages = list(bpe.encode_varied(cut(text, [700]), dropout, seed))
-        assert len(passages) > 3 and bpe.decode(np.concatenate(passages)) == text
-        return np.concatenate(passages).tolist()
-
-    whole = bpe.encode(text).tolist()
-    assert ids(0.0, 0) == whole and ids(0.3, 1) == ids(0.3, 1) != ids(0.3, 2)
-    assert len(whole) < len(ids(0.1, 0)) < len(ids(0.5, 0)) < len(text.encode())
-
-
 def test_prose_is_cut_often_enough_to_stay_in_bounded_memory():
     for text in (PROSE * 100, PROSE.replace("\n", "\r\n") * 100, "再见，中文。" * 100, "no newline " * 100):
         assert max(map(len, safe_chunks(cut(text, [50])))) < 200

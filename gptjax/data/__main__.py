@@ -31,7 +31,6 @@ class Preparation(Section):
     source: str = argument(_HELP["source"])
     tokenizer: str = option(DataConfig.tokenizer, _HELP["tokenizer"])
     vocab_size: int = option(DataConfig.vocab_size, _HELP["vocab_size"])
-    bpe_dropout: float = option(DataConfig.bpe_dropout, _HELP["bpe_dropout"])
     val_fraction: float = option(DataConfig.val_fraction, _HELP["val_fraction"])
     sha256: str | None = option(DataConfig.sha256, _HELP["sha256"])
     dir: str = option(DataConfig.dir, _HELP["dir"])

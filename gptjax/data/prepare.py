@@ -1,7 +1,6 @@
 """Text to a folder of train.bin, val.bin, tokenizer.json and a data.json that says what they were made from."""
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -24,7 +23,6 @@ from gptjax.tokenizer import Tokenizer
 
 _VERSION = 1  # of what preparing does to a text; a new one prepares everything anew
 Format = Literal["nanogpt", "llmc"]
-_VARIANTS = 16  # of the training text with data.bpe_dropout: more than the passes that a small text bears
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,6 @@ def _folder_of(config: DataConfig) -> Path | str:
     remotely = remote.is_url(config.source)
     folder = config.source.rstrip("/") if remotely else Path(config.source).expanduser()
     if _has_token_files(folder):
-        if config.bpe_dropout:
-            raise UserError(f"data.bpe_dropout={config.bpe_dropout} is for texts: {folder} holds token files already")
         return folder
     if remotely:
         raise UserError(
@@ -108,10 +104,7 @@ def prepare(config: DataConfig, form: Format = "nanogpt") -> Path:
 
 
 def _write_folder(made: Path, config: DataConfig, corpus: Corpus, form: Format) -> dict[str, Any]:
-    """Read the text twice, three times for a BPE: count and collect its characters, learn the BPE, encode.
-
-    With data.bpe_dropout the training text is read and written 16 times.
-    """
+    """Read the text twice, three times for a BPE: count and collect its characters, learn the BPE, encode."""
     trains_tokenizer = config.tokenizer in ("char", "bpe")
     tokenizer = None if trains_tokenizer else Tokenizer.from_name_or_path(config.tokenizer)
     n, alphabet = _survey(corpus)
@@ -130,11 +123,6 @@ def _write_folder(made: Path, config: DataConfig, corpus: Corpus, form: Format) 
         "train": tokenizer.encode_chunks(text(0, n_train, "encoding train")),
         "val": tokenizer.encode_chunks(text(n_train, n, "encoding val")),
     }
-    if config.bpe_dropout:
-        splits["train"] = itertools.chain.from_iterable(
-            tokenizer.encode_varied(text(0, n_train, f"encoding train, {i + 1} of {_VARIANTS}"), config.bpe_dropout, i)
-            for i in range(_VARIANTS)
-        )
     counts = {f"{split}_tokens": write_split(made, split, ids, dtype, form) for split, ids in splits.items()}
     return {"characters": n, "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "format": form} | counts
 
@@ -161,7 +149,6 @@ def _recipe(config: DataConfig, corpus: Corpus, form: Format) -> dict[str, Any]:
     }
     if config.tokenizer == "bpe":
         recipe["vocab_size"] = config.vocab_size
-        recipe |= {"bpe_dropout": config.bpe_dropout} if config.bpe_dropout else {}
     return recipe
 
 

@@ -1,7 +1,6 @@
 """From a text, or the token files of others, to a data set; and the command line that does it by hand."""
 
 import importlib.util
-import itertools
 import json
 import os
 import pickle
@@ -65,20 +64,6 @@ def test_a_bpe_learns_from_the_training_part_alone(config, tmp_path):
     (tmp_path / "input.txt").write_text(TEXT[:n] + "zyx " * ((len(TEXT) - n) // 4), encoding="utf-8")
     tokenizer = load_dataset(with_(config, tokenizer="bpe")).tokenizer
     assert len(tokenizer.encode("zyx")) == 3 and len(tokenizer.encode("Citizen")) < 4
-
-
-def test_bpe_dropout_writes_the_training_text_in_sixteen_ways(config):
-    plain = load_dataset(with_(config, tokenizer="bpe"))
-    varied = load_dataset(with_(config, tokenizer="bpe", bpe_dropout=0.2))
-    assert text_of(varied, "train") == 16 * text_of(plain, "train")
-    assert varied.val.fingerprint() == plain.val.fingerprint() and varied.folder != plain.folder
-    assert varied.tokenizer.to_json() == plain.tokenizer.to_json()
-    passages = (varied.tokenizer.encode_varied([text_of(plain, "train")], 0.2, seed) for seed in range(16))
-    np.testing.assert_array_equal(
-        varied.train.window(0, len(varied.train)), np.concatenate(list(itertools.chain.from_iterable(passages)))
-    )
-    with pytest.raises(UserError, match=r"data.bpe_dropout=0.2 is for texts: .* holds token files"):
-        load_dataset(with_(config, source=str(plain.folder), tokenizer="bpe", bpe_dropout=0.2))
 
 
 def test_what_is_prepared_is_used_again_until_its_text_changes(config, tmp_path, capsys):
