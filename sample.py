@@ -47,11 +47,6 @@ class Arguments(Section):
     )
     seed: int = option(1337, "the same seed gives the same text; each further sample has the next seed")
     log_probs: bool = option(False, "print each token with its log-probability in nats, in place of the text")
-    context: Literal["refill", "exact"] = option(
-        "refill",
-        "past block_size tokens: 'refill' reads the last half again and goes on from its cache, fast; "
-        "'exact' reads the last block_size tokens again for every token, as nanoGPT does",
-    )
 
     def validate(self) -> None:
         for name in ("num_samples", "max_new_tokens"):
@@ -71,8 +66,8 @@ class Arguments(Section):
             not self.chat or alone, "chat", "reads its prompts from the terminal, and draws one sample of each"
         )
         self.require(self.chat or self.system is None, "system", "is for --chat")
-        one = self.num_samples == 1 and len(self.prompt) < 2 and self.context == "refill"
-        self.require(self.draft is None or one, "draft", "guesses for one sample of one prompt, and --context refill")
+        one = self.num_samples == 1 and len(self.prompt) < 2
+        self.require(self.draft is None or one, "draft", "guesses for one sample of one prompt")
 
     def prompts(self) -> Sequence[str]:
         """The prompts, wherever they come from."""
@@ -92,7 +87,7 @@ class Arguments(Section):
         if model.defaults:
             usual |= {"top_k": 0} | model.defaults
         given = {name: getattr(self, name) for name in usual if getattr(self, name) is not None}
-        return Sampling(**(usual | given), min_p=self.min_p, context=self.context)
+        return Sampling(**(usual | given), min_p=self.min_p)
 
 
 def main(argv: Sequence[str]) -> None:

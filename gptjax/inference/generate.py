@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,6 @@ class Sampling:
     4.1); only the top_k likeliest stay, then the likeliest that make up top_p of the probability ("The Curious Case
     of Neural Text Degeneration", section 3.1), then those with min_p of the likeliest one's probability. A
     temperature of 0 takes the likeliest. 1, 0, 1, 0 and 1 leave everything as it is.
-
-    context "refill" reads the last block_size / 2 tokens again and goes on with the cache; "exact" reads the last
-    block_size tokens again for every single token, at positions from 0, as nanoGPT does.
     """
 
     repetition_penalty: float = 1.0
@@ -36,7 +33,6 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    context: Literal["refill", "exact"] = "refill"
 
 
 class Chunk(NamedTuple):
@@ -136,33 +132,6 @@ def decode(
     return cache, logits_BV, seen_BV, tokens_CB.T, log_probs_CB.T
 
 
-@partial(jax.jit, static_argnames=("config", "rules"), donate_argnames="seen_BV")
-def decode_exact(
-    config: ModelConfig,
-    params: Any,
-    tokens_BT: Int[Array, "B T"],
-    seen_BV: Bool[Array, "B V"] | None,
-    keys_B: Key[Array, " B"],
-    index: Int[Array, ""],
-    temperature: Float[Array, ""],
-    rules: Sampling,
-) -> Any:
-    """CHUNK tokens a row, each after a full forward pass over the block_size tokens before it.
-
-    Returns these block_size tokens, the tokens seen, the new tokens [B, C] and their log-probabilities.
-    """
-
-    def one_token(carry: Any, i: jax.Array) -> Any:
-        tokens_BT, seen_BV = carry
-        logits_BV = logits(config, params, hidden(config, params, tokens_BT)[0][:, -1:])[:, 0]
-        token_B = sample_token(logits_BV, seen_BV, _fold(keys_B, index + i), temperature, rules)
-        tokens_BT = jnp.concatenate([tokens_BT[:, 1:], token_B[:, None]], axis=1)
-        return (tokens_BT, see(seen_BV, token_B)), (token_B, _log_prob(logits_BV, token_B))
-
-    (tokens_BT, seen_BV), (tokens_CB, log_probs_CB) = jax.lax.scan(one_token, (tokens_BT, seen_BV), jnp.arange(CHUNK))
-    return tokens_BT, seen_BV, tokens_CB.T, log_probs_CB.T
-
-
 def generate(
     config: ModelConfig,
     params: Any,
@@ -226,17 +195,7 @@ def _generate(
                     cache,
                 )  # surplus went to the last place
             yield chunk
-        if sampling.context == "exact":
-            break
         rows = [row[-max(block_size // 2, 1) :] for row in rows]
-    window_BT = jnp.array([row[-block_size:] for row in rows]) if n_new < max_new_tokens else None
-    while n_new < max_new_tokens:
-        window_BT, seen_BV, *new = decode_exact(
-            config, params, window_BT, seen_BV, keys_B, jnp.int32(n_new), temperature, rules
-        )
-        n_kept = min(CHUNK, max_new_tokens - n_new)
-        n_new += n_kept
-        yield Chunk(*(np.asarray(values)[:, :n_kept] for values in new))
 
 
 def _read(

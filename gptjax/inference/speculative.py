@@ -39,9 +39,9 @@ def speculate(
     seed: int,
     proposals: int = PROPOSALS,
 ) -> Iterator[Chunk]:
-    """The tokens that follow a prompt, a few at a time, distributed as those of `generate` with context "refill".
+    """The tokens that follow a prompt, a few at a time, distributed as those of `generate`.
 
-    The two models have the same tokens, and `sampling` the context "refill".
+    The two models have the same tokens.
     """
     block_size, temperature = model.config.block_size, jnp.float32(sampling.temperature)
     rules, key, n_new = replace(sampling, temperature=1.0), jax.random.key(np.uint32(seed)), 0

@@ -151,14 +151,6 @@ def test_prefill_and_decode_give_the_logits_of_a_full_pass(params, scramble, con
 
 
 @pytest.mark.parametrize("length", PROMPT_LENGTHS)
-def test_exact_context_is_nanogpts_loop(params, length):
-    prompt_BP, n = text(length, seed=1000 + length), 2 * TINY.block_size + 13
-    expected = naive_exact(params, prompt_BP[0], n)
-    assert len(set(expected[-TINY.block_size :])) > 5, "a text that repeats itself would not tell contexts apart"
-    assert new_tokens(params, prompt_BP, n, replace(GREEDY, context="exact"))[0].tolist() == expected
-
-
-@pytest.mark.parametrize("length", PROMPT_LENGTHS)
 def test_refilled_context_is_its_definition(params, length):
     prompt_BP, n = text(length, seed=1000 + length), 3 * TINY.block_size + 13
     tokens = new_tokens(params, prompt_BP, n)[0].tolist()
@@ -175,14 +167,11 @@ def test_a_block_of_one_token(scramble):
     expected, prompt_BP = [], text(1)
     for _ in range(5):
         expected.append(int(np.argmax(logits_of(config, params, np.array([[(*prompt_BP[0], *expected)[-1]]])))))
-    for context in ("exact", "refill"):
-        tokens = new_tokens(params, prompt_BP, 5, Sampling(temperature=0.0, context=context), config=config)
-        assert tokens[0].tolist() == expected
+    assert new_tokens(params, prompt_BP, 5, GREEDY, config=config)[0].tolist() == expected
 
 
-@pytest.mark.parametrize("context", ["exact", "refill"])
-def test_how_many_tokens_follow_changes_none(params, context):
-    sampling, prompt_BP = Sampling(temperature=1.5, top_k=30, context=context), text(7, batch=2)
+def test_how_many_tokens_follow_changes_none(params):
+    sampling, prompt_BP = Sampling(temperature=1.5, top_k=30), text(7, batch=2)
     longest = new_tokens(params, prompt_BP, 100, sampling)
     for n in (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 33, 34, 35, 50, 99):
         np.testing.assert_array_equal(new_tokens(params, prompt_BP, n, sampling), longest[:, :n])
@@ -192,12 +181,11 @@ def test_how_many_tokens_follow_changes_none(params, context):
     assert (same_prompts[0] != same_prompts[1]).any()
 
 
-@pytest.mark.parametrize("context", ["exact", "refill"])
 @pytest.mark.parametrize("n", [12, 60])
-def test_prompts_of_unequal_length_are_as_one_by_one(params, context, n):
+def test_prompts_of_unequal_length_are_as_one_by_one(params, n):
     """With 12 new tokens all fits into a block and is one batch; with 60 the rows fill up one after another."""
     prompts = [text(length, seed=length)[0] for length in (7, 1, 28, 7, 13)]
-    sampling, seeds = Sampling(temperature=1.5, top_k=30, repetition_penalty=1.3, context=context), [5, 6, 7, 8, 5]
+    sampling, seeds = Sampling(temperature=1.5, top_k=30, repetition_penalty=1.3), [5, 6, 7, 8, 5]
     chunks = list(generate(TINY, params, prompts, n, sampling, seeds))
     for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         alone = list(generate(TINY, params, [prompt], n, sampling, [seed]))
@@ -218,11 +206,10 @@ def test_a_memory_changes_nothing_but_what_is_read(params):
     assert seen[:3] == [11, 12, 29]
 
 
-@pytest.mark.parametrize("context", ["exact", "refill"])
-def test_a_batch_is_its_rows_one_by_one(params, context):
-    prompts_BP, n, sampling = text(11, batch=3), 60, replace(GREEDY, context=context)
-    rows = np.vstack([new_tokens(params, prompts_BP[i : i + 1], n, sampling) for i in range(3)])
-    np.testing.assert_array_equal(new_tokens(params, prompts_BP, n, sampling), rows)
+def test_a_batch_is_its_rows_one_by_one(params):
+    prompts_BP, n = text(11, batch=3), 60
+    rows = np.vstack([new_tokens(params, prompts_BP[i : i + 1], n) for i in range(3)])
+    np.testing.assert_array_equal(new_tokens(params, prompts_BP, n), rows)
 
 
 def test_dropout_is_off(params):
@@ -288,23 +275,22 @@ def test_generated_tokens_have_the_exact_distribution(params, temperature, top_k
     assert_drawn_from(second, probabilities(second_V, temperature, top_k))
 
 
-@pytest.mark.parametrize(("context", "top_k"), [("exact", 0), ("refill", 1100)])
-def test_padded_ids_are_never_drawn(scramble, context, top_k):
+@pytest.mark.parametrize("top_k", [0, 1100])
+def test_padded_ids_are_never_drawn(scramble, top_k):
     config = replace(TINY, vocab_size=1030, n_layer=1, block_size=16)
     params = scramble(config)
     # Were padded ids in it, they would be every seventh token, and with these rows the likeliest.
     params["token_embedding"] = params["token_embedding"].at[1030:].multiply(50)
     prompts_BP = text(3, batch=64, vocab_size=1030)
-    hot = Sampling(temperature=50.0, top_k=top_k, context=context)
+    hot = Sampling(temperature=50.0, top_k=top_k)
     tokens = new_tokens(params, prompts_BP, 48, hot, config=config)
     assert tokens.max() < 1030 and len(np.unique(tokens)) > 900
     assert new_tokens(params, prompts_BP, 48, replace(hot, temperature=0.0), config=config).max() < 1030
 
 
-@pytest.mark.parametrize("context", ["exact", "refill"])
-def test_draws_are_independent_of_each_other(params, context):
+def test_draws_are_independent_of_each_other(params):
     """So hot that all ids are alike: any two draws agree once in 61 times, in whatever chunk, block or row they are."""
-    tokens = new_tokens(params, text(5, batch=64), 110, Sampling(temperature=1e5, context=context))
+    tokens = new_tokens(params, text(5, batch=64), 110, Sampling(temperature=1e5))
     pairs = [(tokens[:, :-lag], tokens[:, lag:]) for lag in range(1, 81)]
     pairs += [(tokens[:-lag], tokens[lag:]) for lag in range(1, 32)]
     for first, second in pairs:
@@ -312,17 +298,15 @@ def test_draws_are_independent_of_each_other(params, context):
 
 
 def test_one_compilation_serves_many_prompts(params, compilations):
-    def run(length, n, temperature, seed, context):
-        sampling = Sampling(temperature=temperature, top_k=3, context=context)
-        new_tokens(params, text(length), n, sampling, seed)
+    def run(length, n, temperature, seed):
+        new_tokens(params, text(length), n, Sampling(temperature=temperature, top_k=3), seed)
 
-    for context in ("exact", "refill"):
-        run(3, 90, 1.0, 0, context)
-        run(40, 90, 1.0, 0, context)
-        with compilations() as again:
-            for length, n, temperature, seed in [(1, 60, 0.5, 1), (17, 30, 0.0, 2), (32, 99, 2.0, 3), (39, 40, 1.0, 4)]:
-                run(length, n, temperature, seed, context)
-        assert again == []
+    run(3, 90, 1.0, 0)
+    run(40, 90, 1.0, 0)
+    with compilations() as again:
+        for length, n, temperature, seed in [(1, 60, 0.5, 1), (17, 30, 0.0, 2), (32, 99, 2.0, 3), (39, 40, 1.0, 4)]:
+            run(length, n, temperature, seed)
+    assert again == []
     with compilations() as more:
         list(generate(TINY, params, list(text(3)), 5, Sampling(top_k=4), [0]))
     assert more, "this test does not see compilations"

@@ -436,7 +436,6 @@ def test_a_base_model_holds_no_conversation(talk, base):
         ("--temprature 1", "did you mean --temperature?"),
         ("--run nowhere/at/all", "'nowhere/at/all' does not exist"),
         ("--draft somewhere --num_samples 2", "draft='somewhere' guesses for one sample of one prompt"),
-        ("--draft somewhere --context exact", "draft='somewhere' guesses for one sample of one prompt"),
         ("--draft nowhere/at/all", "'nowhere/at/all' does not exist"),
     ],
 )
