@@ -145,11 +145,3 @@ def matmul_params(params: Any) -> int:
     head = params["head" if "head" in params else "token_embedding"]
     layers = jax.tree_util.tree_leaves_with_path(params["layers"])
     return head.size + sum(leaf.size for path, leaf in layers if path[-1].key == "kernel")
-
-
-def mfu(tokens_per_second: float, flops_per_token: int, peak_flops: float) -> float:
-    """Model FLOPs utilization: the part of the hardware's peak that the model's own arithmetic is (PaLM, section 4.1).
-
-    `peak_flops` is that of all devices together. From the table it is the bfloat16 tensor peak, for float32 runs too.
-    """
-    return tokens_per_second * flops_per_token / peak_flops
