@@ -25,9 +25,8 @@ config = Config(
         norm="nonparametric_rmsnorm",
         position="rope",
         rope_theta=1000.0,
+        qk_norm=True,
         embedding_norm=True,
-        ngram=4,
-        ngram_rows=8192,
         tied_head=False,
     ),
     optimizer=OptimizerConfig(
@@ -41,5 +40,5 @@ config = Config(
         matrix_optimizer="muon",
         muon_learning_rate=0.1,
     ),
-    train=TrainConfig(max_steps=45, batch_size=48, eval_interval=45, save_interval=45, log_interval=5),
+    train=TrainConfig(max_steps=130, batch_size=48, eval_interval=130, save_interval=130, log_interval=10),
 )

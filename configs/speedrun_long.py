@@ -30,7 +30,6 @@ config = Config(
         qk_norm=True,
         embedding_norm=True,
         logit_cap=15.0,
-        zero_init=True,
         tied_head=False,
         dropout=0.05,
     ),

@@ -88,9 +88,6 @@ class ModelConfig(Section):
     qk_norm: bool = option(False, "each head's queries and keys are divided by their root mean square")
     embedding_norm: bool = option(False, "embeddings are divided by their root mean square before the first block")
     logit_cap: float = option(0.0, "logits x become logit_cap tanh(x / logit_cap); 0: as they are")
-    zero_init: bool = option(False, "projections into the residual stream, and an untied head, start at zero")
-    ngram: int = option(1, "added to a token's embedding are those of the last 2, 3 ... ngram tokens together; 1: none")
-    ngram_rows: int = option(16384, "ngram: embeddings that the n-grams of one length share, each taking one by a hash")
     bias: bool = option(False, "biases in linear layers and LayerNorms, as GPT-2 has them")
     qkv_bias: bool = option(False, "biases in queries, keys and values alone, as Qwen2.5 has them")
     tied_head: bool = option(True, "the output head is the token embedding; false: a matrix of its own")
@@ -122,7 +119,7 @@ class ModelConfig(Section):
     )
 
     def validate(self) -> None:
-        for name in "block_size n_layer n_head n_embd norm_eps rope_theta ngram ngram_rows lora_alpha".split():
+        for name in "block_size n_layer n_head n_embd norm_eps rope_theta lora_alpha".split():
             self.require(getattr(self, name) > 0, name, "is not positive")
         for name in ("vocab_size", "n_kv_head", "mlp_width", "lora_rank", "logit_cap"):
             self.require(getattr(self, name) >= 0, name, "is negative")
@@ -305,6 +302,11 @@ class Config(Section):
         """
         try:
             sections = json.loads(path.read_text())
+            for name, harmless in RETIRED.items():
+                section, _, field = name.partition(".")
+                value = sections.get(section, {}).pop(field, harmless)
+                if harmless is not None and value != harmless:
+                    raise UserError(f"{path}: {name}={value!r} is from gptjax 0.1, and no later version can run it")
             return Config(**{k: SECTIONS[k](**values) if k in SECTIONS else values for k, values in sections.items()})
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; a run directory holds a config.json") from error
@@ -312,10 +314,10 @@ class Config(Section):
             raise UserError(f"{path} is not a config of this version of gptjax: {error}") from error
 
 
-SECTIONS: dict[str, type] = {
-    "data": DataConfig,
 # Fields of config.json that gptjax 0.1 wrote, with the value at which they change nothing (None: any value).
 RETIRED = {"data.bpe_dropout": None, "model.zero_init": None, "model.ngram_rows": None, "model.ngram": 1}
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
     "model": ModelConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,

@@ -29,7 +29,6 @@ from gptjax.sharding import constrain, gathered
 INIT_STD = 0.02  # GPT-2's code; section 2.3 of its paper adds 1/sqrt(number of residual branches)
 ROPE_LOW, ROPE_HIGH = 1.0, 4.0  # Llama 3: wavelengths in the original context below which, above which scaling changes
 PRODUCT = "product"  # what the backward pass keeps where all but matrix products is computed again
-HASH = 2654435761  # a prime near 2**32 over the golden ratio (Knuth, "The Art of Computer Programming", 6.4)
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "gelu_erf": lambda x: nn.gelu(x, approximate=False),  # at most 5e-4 away from the tanh form
@@ -49,18 +48,11 @@ class KVCache(NamedTuple):
     values: jax.Array
 
 
-class Cache(NamedTuple):
-    """What was read so far: keys and values of all layers in one, or of each; for n-grams the tokens too, [B, S]."""
-
-    layers: KVCache | tuple[KVCache, ...]
-    tokens_BS: jax.Array | None
-
-
 class Linear(nn.Module):
     """x @ kernel + bias from the last `n_in` axes of x to `features`; with LoRA also x @ lora_a @ lora_b, scaled.
 
-    Layers that write to the residual stream start smaller by sqrt(2 L), the number of them, or at zero. lora_b starts
-    at zero, so that training begins at the weights it has. Source: "LoRA", section 4.1.
+    Layers that write to the residual stream start smaller by sqrt(2 L), the number of them. lora_b starts at
+    zero, so that training begins at the weights it has. Source: "LoRA", section 4.1.
     """
 
     config: ModelConfig
@@ -75,7 +67,7 @@ class Linear(nn.Module):
         in_shape, n_out = x.shape[-self.n_in :], math.prod(self.features)
         n_in = math.prod(in_shape)
         std = INIT_STD * (2 * config.n_layer) ** -0.5 if self.residual else INIT_STD
-        init = nn.initializers.zeros if self.residual and config.zero_init else nn.initializers.normal(std)
+        init = nn.initializers.normal(std)
         # As one product of two matrices: with [B, T, D] as it is, XLA on CPUs transposes the gradient of [B, T, F],
         # which took a quarter of a step.
         rows = x.reshape(-1, n_in).astype(dtype)
@@ -190,9 +182,6 @@ class GPT(nn.Module):
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(INIT_STD)
         self.token_embedding = self._table("token_embedding", init)
-        if config.ngram > 1:
-            n_rows = (config.ngram - 1) * config.ngram_rows
-            self.ngram_embedding = self.param("ngram_embedding", nn.initializers.zeros, (n_rows, config.n_embd))
         if config.position == "learned":
             self.position_embedding = self.param("position_embedding", init, (config.block_size, config.n_embd))
         if config.embedding_norm:
@@ -212,7 +201,6 @@ class GPT(nn.Module):
         )(config)
         self.final_norm = _norm(config)
         if not config.tied_head:
-            init = nn.initializers.zeros if config.zero_init else init
             self.head = self._table("head", init)
 
     def _table(self, name: str, init: Any) -> Any:
@@ -225,40 +213,34 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens_BT)[0])
 
     def hidden(
-        self, tokens_BT: Int[Array, "B T"], cache: Cache | None = None, offset_B: Int[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        self, tokens_BT: Int[Array, "B T"], cache: Any = None, offset_B: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The normalized residual stream after the last block; a row's tokens stand from its offset on, or from 0.
 
         A cache holds what was read at positions before the offsets; the new one holds these tokens too.
         Documents are kept apart where there is none: a separator is the first token of the document behind it.
         """
-        x_BTD, position_bT, document_BT, tokens_BS = self.embed(tokens_BT, cache, offset_B)
-        keys_values: Any = None if cache is None else cache.layers
-        x_BTD, keys_values = self.layers(x_BTD, keys_values, position_bT, document_BT)
-        return self.normalize(x_BTD), None if cache is None else Cache(keys_values, tokens_BS)
+        x_BTD, position_bT, document_BT = self.embed(tokens_BT, offset_B, packed=cache is None)
+        x_BTD, cache = self.layers(x_BTD, cache, position_bT, document_BT)
+        return self.normalize(x_BTD), cache
 
     def embed(
-        self, tokens_BT: Int[Array, "B T"], cache: Cache | None = None, offset_B: Int[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Int[Array, "b T"], Int[Array, "B T"] | None, Int[Array, "B S"] | None]:
+        self, tokens_BT: Int[Array, "B T"], offset_B: Int[Array, " B"] | None = None, packed: bool = True
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "b T"], Int[Array, "B T"] | None]:
         """What the first block takes: the tokens' vectors, their positions, and the numbers of their documents.
 
-        And for n-grams the tokens read so far, these among them.
+        Documents are numbered where rows are `packed` with several of them, and the model has a separator.
         """
         position_bT = jnp.arange(tokens_BT.shape[1])[None]
         if offset_B is not None:
             position_bT = position_bT + offset_B[:, None]
-        document_BT = tokens_BS = None
-        if self.config.separator is not None and cache is None:
+        document_BT = None
+        if self.config.separator is not None and packed:
             document_BT = jnp.cumsum(tokens_BT == self.config.separator, axis=1)
         if isinstance(self.token_embedding, Int8):
             x_BTD = matrices.rows(self.token_embedding, tokens_BT)
         else:
             x_BTD = jnp.take(gathered(self.token_embedding, "token_embedding"), tokens_BT, axis=0)
-        if self.config.ngram > 1:
-            tokens_BS = tokens_BT if cache is None else _write(cache.tokens_BS, tokens_BT, position_bT[:, 0], axis=1)
-            rows_BTn = ngram_rows(self.config, tokens_BS, position_bT, document_BT)
-            table = gathered(self.ngram_embedding, "ngram_embedding")
-            x_BTD = x_BTD + jnp.take(table, rows_BTn, axis=0).sum(axis=2)
         if self.config.position == "learned" and offset_B is None:
             x_BTD = x_BTD + self.position_embedding[None, : tokens_BT.shape[1]]
         elif self.config.position == "learned":
@@ -266,7 +248,7 @@ class GPT(nn.Module):
         if self.config.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
         x_BTD = constrain(self.embedding_dropout(x_BTD.astype(self.config.dtype)))
-        return x_BTD, position_bT, document_BT, tokens_BS
+        return x_BTD, position_bT, document_BT
 
     def normalize(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The norm behind the last block."""
@@ -299,32 +281,6 @@ class GPT(nn.Module):
         return jnp.where(real_V[None, None], logits_BTV, -jnp.inf)
 
 
-def ngram_rows(
-    config: ModelConfig, tokens_BS: Int[Array, "B S"], position_bT: Int[Array, "b T"], document_BT: Any = None
-) -> Int[Array, "B T n"]:
-    """Which rows of the n-gram embedding stand for the 2, 3 ... tokens that end at each position of a text.
-
-    An n-gram's row is a hash of its tokens, among the rows that n-grams of its length have. Before the text's first
-    token, or the document's, stand tokens that are none. Source: the hash n-gram embeddings of "Byte Latent
-    Transformer" (Pagnoni et al., 2024), section 3.2.1.
-    """
-
-    def back(values_BS: jax.Array, n: int) -> jax.Array:
-        at_BT = jnp.broadcast_to(jnp.maximum(position_bT - n, 0), (len(values_BS), position_bT.shape[1]))
-        return jnp.take_along_axis(values_BS, at_BT, axis=1)
-
-    rows, hash_BT = [], back(tokens_BS, 0).astype(jnp.uint32)
-    for n in range(1, config.ngram):
-        there = position_bT >= n
-        if document_BT is not None:
-            there &= back(document_BT, n) == document_BT
-        token_BT = jnp.where(there, back(tokens_BS, n) + 1, 0).astype(jnp.uint32)
-        hash_BT = (hash_BT * np.uint32(HASH) ^ token_BT) * np.uint32(HASH)
-        hash_BT ^= hash_BT >> 15
-        rows.append((hash_BT % np.uint32(config.ngram_rows)).astype(jnp.int32) + (n - 1) * config.ngram_rows)
-    return jnp.stack(rows, axis=2)
-
-
 def rope_angles(config: ModelConfig, position_bT: Int[Array, "b T"]) -> Float[Array, "b T H"]:
     """By how many radians each pair of features turns at each position; H is half a head's width here.
 
@@ -347,7 +303,7 @@ def rotate(x_BTNH: Float[Array, "B T N H"], angle_bTH: Float[Array, "b T _"]) ->
 
 
 def _write(cache: Any, new: jax.Array, offset_b: jax.Array, axis: int) -> jax.Array:
-    """The cache with new tokens, keys or values from each row's offset on, along the axis of positions.
+    """The cache with new keys or values from each row's offset on, along the axis of positions.
 
     Its first axis is of rows, or of rows and, in each, key heads.
     """

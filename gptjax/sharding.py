@@ -20,7 +20,7 @@ BATCH_AXES = ("data", "fsdp")
 # The end of a parameter's path -> how its axes are split. The leading axis of `layers` is the layer, never split.
 # The optimizer's moments have their parameter's path at the end of theirs, so the table splits them alike.
 TABLE = {
-    r"((token|ngram)_embedding|head)$": P("tensor", "fsdp"),
+    r"(token_embedding|head)$": P("tensor", "fsdp"),
     r"position_embedding$": P(None, "fsdp"),
     r"attention/(query|key|value)/kernel$": P(None, "fsdp", "tensor", None),
     r"attention/(query|key|value)/bias$": P(None, "tensor", None),
@@ -95,13 +95,13 @@ def require_divisible(model: ModelConfig, mesh: Mesh) -> None:
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """For each array of a tree of parameters, or of a train state, its sharding by the table.
 
-    A vocabulary too small to be padded, as one of characters is, stays whole where it does not divide; so do n-grams.
+    A vocabulary too small to be padded, as one of characters is, stays whole where it does not divide.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next(spec for end, spec in TABLE.items() if re.search(end, name))
-        if name.endswith(("token_embedding", "ngram_embedding", "head")) and leaf.shape[0] % mesh.shape["tensor"]:
+        if name.endswith(("token_embedding", "head")) and leaf.shape[0] % mesh.shape["tensor"]:
             spec = P(None, spec[1])
         return NamedSharding(mesh, spec)
 

@@ -47,8 +47,6 @@ SPEEDRUN = replace(
     qk_norm=True,
     embedding_norm=True,
     logit_cap=2.0,
-    ngram=2,
-    ngram_rows=64,
     tied_head=False,
     bias=False,
 )

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 from gptjax.config import Config, ModelConfig, TrainConfig
-from gptjax.model import GPT, Dropout, ngram_rows, rope_angles, rotate
+from gptjax.model import GPT, Dropout, rope_angles, rotate
 from gptjax.optimizer import make_optimizer
 from gptjax.training import TrainState, init_state, loss_sum, train_step
 
 TINY = ModelConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16, bias=True, dtype="float32")
 SPEEDRUN = {"activation": "relu2", "norm": "nonparametric_rmsnorm", "position": "rope", "qk_norm": True}
 SPEEDRUN |= {"embedding_norm": True, "logit_cap": 2.0, "tied_head": False, "bias": False}
-NGRAMS = {"ngram": 4, "ngram_rows": 64}
 
 
 def tokens_of(config, batch=2, seed=0, length=None):
@@ -35,7 +34,7 @@ def abstract_params(config):
     return jax.eval_shape(lambda: init_state(Config(model=config)).params)
 
 
-@pytest.mark.parametrize("fields", [{}, SPEEDRUN | {"position": "learned"} | NGRAMS], ids=["gpt2", "speedrun"])
+@pytest.mark.parametrize("fields", [{}, SPEEDRUN | {"position": "learned"}], ids=["gpt2", "speedrun"])
 def test_a_logit_depends_on_its_own_and_earlier_tokens_only(scramble, fields):
     config = replace(TINY, **fields)
     params, tokens_BT = scramble(config), tokens_of(config, batch=1)
@@ -51,20 +50,7 @@ def test_a_logit_depends_on_its_own_and_earlier_tokens_only(scramble, fields):
     assert (np.abs(jacobian_TSD[seen_TS]).max(axis=-1) > 1e-4).all()
 
 
-def test_an_ngram_has_a_row_of_its_length_whatever_stands_before_it():
-    config, n_rows = replace(TINY, ngram=4, ngram_rows=4096), 4096
-    text = np.array([[5, 6, 7, 8, 9, 5, 6, 7, 8], [6, 7, 8, 9, 9, 8, 7, 6, 5]])
-    rows = np.array(ngram_rows(config, jnp.asarray(text), jnp.arange(9)[None])).transpose(2, 0, 1)
-    assert [sorted({*(row // n_rows).flat}) for row in rows] == [[0], [1], [2]]
-    for n, of_length in enumerate(rows, start=2):
-        hashes = {}
-        for (b, t), row in np.ndenumerate(of_length):
-            ngram = (None,) * (n - 1) + tuple(text[b])
-            assert hashes.setdefault(ngram[t : t + n], row) == row
-        assert len(set(hashes.values())) >= len(hashes) - 1  # hardly two share one
-
-
-@pytest.mark.parametrize("fields", [{"attention": "plain"}, {"attention": "blockwise"}, NGRAMS])
+@pytest.mark.parametrize("fields", [{"attention": "plain"}, {"attention": "blockwise"}])
 def test_a_document_does_not_see_the_one_before_it(scramble, fields):
     config = replace(TINY, separator=7, **fields)
     params, tokens_BT = scramble(config), tokens_of(config).at[:].set(3).at[:, 5].set(7)
@@ -112,17 +98,6 @@ def test_initialization():
             assert abs(part.mean() / std) < 5 / np.sqrt(part.size), name
         if name.startswith("layers"):
             assert not np.array_equal(values[0], values[1]), f"{name}: layers begin alike"
-
-
-@pytest.mark.parametrize("tied_head", [True, False])
-def test_projections_that_begin_at_zero(tied_head):
-    """Each block then passes on what it is given, and an untied head finds all tokens alike."""
-    config = replace(TINY, zero_init=True, tied_head=tied_head)
-    params = jax.jit(GPT(config).init)(jax.random.key(0), tokens_of(config))["params"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert name.endswith("bias") or leaf.any() == (not name.endswith(("out/kernel", "down/kernel", "head"))), name
-    assert tied_head or not logits_of(config, params, tokens_of(config)).any()
 
 
 def test_capped_logits(scramble):

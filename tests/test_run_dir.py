@@ -51,7 +51,7 @@ OTHER = {
     "model.n_embd": 390, "model.n_head": 3, "model.activation": "swiglu", "model.norm": "rmsnorm",
     "model.position": "rope", "model.n_kv_head": 2, "model.qkv_bias": True, "model.tied_head": False,
     "model.lora_layers": "query", "model.qk_norm": True, "model.embedding_norm": True,
-    "model.logit_cap": 15.0, "model.zero_init": True, "optimizer.schedule": "linear",
+    "model.logit_cap": 15.0, "optimizer.schedule": "linear",
     "optimizer.matrix_optimizer": "muon", "optimizer.muon_weight_decay": 0.1, "model.separator": 3,
     "model.attention": "plain", "model.layers": "looped", "model.remat": "full",
     "optimizer.decay_steps": 2000, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,

@@ -89,7 +89,7 @@ def test_sampling_several_from_standard_input(trained, folder):
 
 
 SPEEDRUN = """--model.activation relu2 --model.norm nonparametric_rmsnorm --model.position rope --model.qk_norm
---model.embedding_norm --model.logit_cap 15 --model.zero_init --model.tied_head false --optimizer.matrix_optimizer muon
+--model.embedding_norm --model.logit_cap 15 --model.tied_head false --optimizer.matrix_optimizer muon
 --optimizer.schedule linear --optimizer.muon_weight_decay 0.1""".split()
 
 

@@ -44,9 +44,6 @@ SPEEDRUN = replace(
         qk_norm=True,
         embedding_norm=True,
         logit_cap=2.0,
-        ngram=3,
-        ngram_rows=64,
-        zero_init=True,
         tied_head=False,
         bias=False,
         dropout=0.0,
@@ -256,7 +253,6 @@ def test_compilations_are_seen(compilations):
 WANTED = {
     "token_embedding": P("tensor", "fsdp"),
     "head": P("tensor", "fsdp"),
-    "ngram_embedding": P("tensor", "fsdp"),
     "position_embedding": P(None, "fsdp"),
     "final_norm/bias": P(),
     "final_norm/scale": P(),
@@ -288,7 +284,7 @@ WANTED = {
 )
 def test_state_is_born_sharded_and_stays_so(train, config, mesh_config):
     run = train(config, mesh_config)
-    absent = ("position_embedding", "bias", "scale") if config is IN_PARTS else ("head", "ngram_embedding")
+    absent = ("position_embedding", "bias", "scale") if config is IN_PARTS else ("head",)
     wanted_here = {name for name in WANTED if not name.endswith(absent)}
     assert leaves(run.params).keys() == wanted_here
     n_found = 0

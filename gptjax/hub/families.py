@@ -242,7 +242,6 @@ def family_of(config: ModelConfig) -> Family:
     elsewhere = "is in no Hugging Face family here: not gpt2, llama or qwen2"
     for name in ("qk_norm", "embedding_norm", "logit_cap"):
         config.require(not getattr(config, name), name, elsewhere)
-    config.require(config.ngram == 1, "ngram", elsewhere)
     kind = (config.norm, config.position, config.activation == "swiglu")
     if kind == ("layernorm", "learned", False) and config.kv_heads == config.n_head and not config.qkv_bias:
         return "gpt2"

@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from gptjax.config import ModelConfig
 from gptjax.inference.quantize import transpose
-from gptjax.model import GPT, Block, Cache, KVCache
+from gptjax.model import GPT, Block, KVCache
+
+Cache = KVCache | tuple[KVCache, ...]  # of all layers in one, or of each
 
 
 def lay_out(params: Any) -> Any:
@@ -41,13 +43,12 @@ def init_cache(config: ModelConfig, params: Any, batch_size: int, length: int) -
         )
 
     apart = isinstance(params["layers"], tuple)
-    tokens_BS = jnp.zeros((batch_size, length), jnp.int32) if config.ngram > 1 else None
-    return Cache(tuple(empty() for _ in params["layers"]) if apart else empty(config.n_layer), tokens_BS)
+    return tuple(empty() for _ in params["layers"]) if apart else empty(config.n_layer)
 
 
 def length_of(cache: Cache) -> int:
     """How many tokens a cache has room for."""
-    return int(jax.tree.leaves(cache.layers)[-1].shape[-1])
+    return int(jax.tree.leaves(cache)[-1].shape[-1])
 
 
 def widen(cache: Cache, length: int) -> Cache:
@@ -59,8 +60,7 @@ def widen(cache: Cache, length: int) -> Cache:
     def wider(layers: Any) -> KVCache:
         return KVCache(pad(layers.keys, -2), pad(layers.values, -1))
 
-    layers = jax.tree.map(wider, cache.layers, is_leaf=lambda layer: isinstance(layer, KVCache))
-    return Cache(layers, None if cache.tokens_BS is None else pad(cache.tokens_BS, -1))
+    return jax.tree.map(wider, cache, is_leaf=lambda layer: isinstance(layer, KVCache))
 
 
 def hidden(
@@ -74,16 +74,16 @@ def hidden(
     model: Any = GPT(config)  # of which `apply` promises more than it gives
     if not isinstance(params["layers"], tuple):
         return model.apply({"params": params}, tokens_BT, cache, offset_B, method="hidden")
-    x_BTD, position_bT, document_BT, tokens_BS = model.apply(
-        {"params": params}, tokens_BT, cache, offset_B, method="embed"
+    x_BTD, position_bT, document_BT = model.apply(
+        {"params": params}, tokens_BT, offset_B, cache is None, method="embed"
     )
     caches: list[Any] = []
-    for layer, own in zip(params["layers"], cache.layers if cache else [None] * config.n_layer, strict=True):
+    for layer, own in zip(params["layers"], cache if cache else [None] * config.n_layer, strict=True):
         block: Any = Block(config)
         x_BTD, own = block.apply({"params": layer}, x_BTD, own, position_bT, document_BT)
         caches.append(own)
     x_BTD = model.apply({"params": params}, x_BTD, method="normalize")
-    return x_BTD, None if cache is None else Cache(tuple(caches), tokens_BS)
+    return x_BTD, None if cache is None else tuple(caches)
 
 
 def logits(config: ModelConfig, params: Any, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -19,7 +19,7 @@ Ids = Int[np.ndarray, " _"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits, and what the model still sees once block_size is full.
+    """How a token is drawn from logits.
 
     The rules apply in the order of the fields but for the temperature, which comes after repetition_penalty: logits
     of tokens in the text so far are divided by it where positive and multiplied where negative ("CTRL", section
@@ -142,6 +142,8 @@ def generate(
     memory: Memory | None = None,
 ) -> Iterator[Chunk]:
     """The tokens that follow each prompt, a few at a time; of a prompt the last block_size tokens are read.
+
+    Once block_size tokens are read, the last block_size / 2 of them are read again into an empty cache.
 
     The i-th new token of a row is a function of (prompt, weights, sampling, seed, i): neither the other rows nor how
     many tokens follow change it. With a memory there is one prompt: what it shares with the memory is not read again.

@@ -25,8 +25,6 @@ SPEEDRUN = replace(
     logit_cap=2.0,
     tied_head=False,
     n_kv_head=1,
-    ngram=3,
-    ngram_rows=64,
 )
 GREEDY = Sampling(temperature=0.0)
 # Below, at and above the lengths to which prompts are padded (32, and 40 = block_size), up to several blocks.

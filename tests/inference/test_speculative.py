@@ -13,9 +13,7 @@ from gptjax.inference.generate import Sampling, apply_rules, generate
 from gptjax.inference.speculative import Decoder, _read, _round, speculate
 from gptjax.model import GPT
 
-LARGE = ModelConfig(
-    vocab_size=13, block_size=24, n_layer=2, n_head=2, n_embd=16, ngram=2, ngram_rows=32, dtype="float32"
-)
+LARGE = ModelConfig(vocab_size=13, block_size=24, n_layer=2, n_head=2, n_embd=16, dtype="float32")
 SMALL = replace(LARGE, n_layer=1)
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 

@@ -28,26 +28,11 @@ ALL = ModelConfig(
     qk_norm=True,
     embedding_norm=True,
     logit_cap=3.0,
-    ngram=3,
-    ngram_rows=50,
     tied_head=False,
     dtype="float32",
 )
-SOME = replace(ALL, norm="rmsnorm", position="learned", qk_norm=False, embedding_norm=False, ngram=1)
+SOME = replace(ALL, norm="rmsnorm", position="learned", qk_norm=False, embedding_norm=False)
 CASES = {"all": ALL, "some": SOME}
-
-
-def ngrams(row, config):
-    """Where the n-grams that end at each token have their embeddings, by the hash's definition on Python's integers."""
-    found = []
-    for t, value in enumerate(row):
-        found.append([])
-        for n in range(1, config.ngram):
-            token = row[t - n] + 1 if t >= n else 0
-            value = ((value * 2654435761 % 2**32) ^ token) * 2654435761 % 2**32
-            value ^= value >> 15
-            found[-1].append(value % config.ngram_rows + (n - 1) * config.ngram_rows)
-    return torch.tensor(found)
 
 
 def logits_of(config, params, tokens):
@@ -71,8 +56,6 @@ def logits_of(config, params, tokens):
     rows, layers = [], params["layers"]
     for row in tokens:
         x = params["token_embedding"][row]
-        if config.ngram > 1:
-            x = x + params["ngram_embedding"][ngrams(row.tolist(), config)].sum(1)
         if config.position == "learned":
             x = x + params["position_embedding"][: len(row)]
         x = rms(x) if config.embedding_norm else x
