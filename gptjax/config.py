@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,15 @@ from typing import Any, Literal
 from gptjax.errors import UserError
 
 
-def option(default: Any, help: str) -> Any:
-    """A config field with its default and the sentence that `--help` prints."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, free_on_resume: bool = False, architecture: bool = True) -> Any:
+    """A config field with its default and the sentence that `--help` prints.
+
+    `free_on_resume`: a resumed run may change it, as it does not change what a step computes (but for rounding).
+    `architecture`: of a model field, whether a checkpoint determines it; what is false is the run's own choice.
+    """
+    return field(
+        default=default, metadata={"help": help, "free_on_resume": free_on_resume, "architecture": architecture}
+    )
 
 
 def argument(help: str, many: bool = False) -> Any:
@@ -46,15 +53,18 @@ class DataConfig(Section):
         "shakespeare",
         "'shakespeare' (the complete plays, bundled), a UTF-8 text file, a folder of them, a URL, "
         "or a folder of token files (nanoGPT's train.bin and val.bin, or llm.c's shards), also at gs:// or s3://",
+        free_on_resume=True,
     )
-    tokenizer: str = option("char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json")
+    tokenizer: str = option(
+        "char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json", free_on_resume=True
+    )
     vocab_size: int = option(4096, "tokens that a 'bpe' tokenizer learns")
     val_fraction: float = option(0.1, "the part of the text, at its end, that validates")
     order: Literal["random", "epoch"] = option(
         "random", "'random' windows, or 'epoch': every window once per epoch, shuffled"
     )
-    sha256: str | None = option(None, "checksum that a download must have")
-    dir: str = option("data", "folder for prepared token files and downloads")
+    sha256: str | None = option(None, "checksum that a download must have", free_on_resume=True)
+    dir: str = option("data", "folder for prepared token files and downloads", free_on_resume=True)
 
     def validate(self) -> None:
         self.require(self.vocab_size >= 257, "vocab_size", "is less than 257: 256 bytes and the end-of-text token")
@@ -68,7 +78,7 @@ LINEAR_LAYERS = ("query", "key", "value", "out", "up", "gate", "down")
 @dataclass(frozen=True)
 class ModelConfig(Section):
     vocab_size: int = option(0, "distinct tokens; 0: as many as the tokenizer has")
-    block_size: int = option(256, "context length in tokens")
+    block_size: int = option(256, "context length in tokens", architecture=False)
     n_layer: int = option(6, "transformer blocks")
     n_head: int = option(6, "attention heads; n_embd is split evenly over them")
     n_embd: int = option(384, "width of the residual stream")
@@ -91,31 +101,49 @@ class ModelConfig(Section):
     bias: bool = option(False, "biases in linear layers and LayerNorms, as GPT-2 has them")
     qkv_bias: bool = option(False, "biases in queries, keys and values alone, as Qwen2.5 has them")
     tied_head: bool = option(True, "the output head is the token embedding; false: a matrix of its own")
-    lora_rank: int = option(0, "train low-rank updates of linear layers and freeze all else; 0: train everything")
-    lora_alpha: float = option(16.0, "LoRA: updates are scaled by lora_alpha / lora_rank")
-    lora_layers: str = option(",".join(LINEAR_LAYERS), "LoRA: the linear layers that have updates")
+    lora_rank: int = option(
+        0, "train low-rank updates of linear layers and freeze all else; 0: train everything", architecture=False
+    )
+    lora_alpha: float = option(16.0, "LoRA: updates are scaled by lora_alpha / lora_rank", architecture=False)
+    lora_layers: str = option(",".join(LINEAR_LAYERS), "LoRA: the linear layers that have updates", architecture=False)
     dropout: float = option(
-        0.0, "dropout on the embedding, the attention weights and both residual branches, rounded to 256ths"
+        0.0,
+        "dropout on the embedding, the attention weights and both residual branches, rounded to 256ths",
+        architecture=False,
     )
     attention_dropout: float | None = option(
-        None, "dropout's rate for the attention weights alone; 0 allows attention that is not plain; none: as dropout"
+        None,
+        "dropout's rate for the attention weights alone; 0 allows attention that is not plain; none: as dropout",
+        architecture=False,
     )
     separator: int | None = option(
-        None, "token that begins a document (GPT-2's: 50256); in training attention does not look back past it"
+        None,
+        "token that begins a document (GPT-2's: 50256); in training attention does not look back past it",
+        architecture=False,
     )
     attention: Literal["auto", "plain", "blockwise", "splash", "cudnn"] = option(
         "auto",
         "in training: plain, blockwise (less memory, on any hardware), Pallas's kernel for TPUs or cuDNN's for GPUs; "
         "auto: the hardware's where it can, else blockwise where the context is long",
+        architecture=False,
+        free_on_resume=True,
     )
     layers: Literal["auto", "unrolled", "looped"] = option(
-        "auto", "in training: one after another, or a loop that compiles faster; auto: unrolled on CPU"
+        "auto",
+        "in training: one after another, or a loop that compiles faster; auto: unrolled on CPU",
+        architecture=False,
+        free_on_resume=True,
     )
     remat: Literal["none", "dots", "full"] = option(
-        "none", "computed again in the backward pass to save memory: nothing, all but matrix products, or whole layers"
+        "none",
+        "computed again in the backward pass to save memory: nothing, all but matrix products, or whole layers",
+        architecture=False,
+        free_on_resume=True,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of activations; auto: bfloat16 on TPU, GPU and CPUs that multiply it faster, else float32"
+        "auto",
+        "of activations; auto: bfloat16 on TPU, GPU and CPUs that multiply it faster, else float32",
+        architecture=False,
     )
 
     def validate(self) -> None:
@@ -204,7 +232,7 @@ class OptimizerConfig(Section):
         "cosine", "after the warm-up: a cosine, or constant and then linear (warmup-stable-decay)"
     )
     warmup_steps: int = option(100, "steps of linear warm-up")
-    decay_steps: int | None = option(None, "step at which the decay ends; none: train.max_steps")
+    decay_steps: int | None = option(None, "step at which the decay ends; none: train.max_steps", free_on_resume=True)
     decay_fraction: float = option(0.5, "linear: the part of decay_steps, at its end, that decays")
     beta1: float = option(0.9, "AdamW's decay of the mean of gradients")
     beta2: float = option(0.99, "AdamW's decay of the mean of squared gradients")
@@ -231,16 +259,20 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    max_steps: int = option(2000, "optimizer steps")
+    max_steps: int = option(2000, "optimizer steps", free_on_resume=True)
     batch_size: int = option(12, "windows of block_size tokens in one optimizer step, over all devices and micro-steps")
     accumulate: int = option(1, "micro-steps that one step's batch is split into, to save memory")
-    eval_interval: int = option(250, "steps between evaluations")
+    eval_interval: int = option(250, "steps between evaluations", free_on_resume=True)
     eval_batches: int = option(
-        0, "validation batches in an evaluation; 0: the whole split, each token once; 4 at most before the first step"
+        0,
+        "validation batches in an evaluation; 0: the whole split, each token once; 4 at most before the first step",
+        free_on_resume=True,
     )
-    save_interval: int = option(250, "steps between checkpoints; the last step is always saved")
-    log_interval: int = option(10, "steps between rows of metrics.csv")
-    patience: int = option(0, "stop after so many evaluations without a better validation loss; 0: never")
+    save_interval: int = option(250, "steps between checkpoints; the last step is always saved", free_on_resume=True)
+    log_interval: int = option(10, "steps between rows of metrics.csv", free_on_resume=True)
+    patience: int = option(
+        0, "stop after so many evaluations without a better validation loss; 0: never", free_on_resume=True
+    )
     seed: int = option(1337, "of initialization, batches and dropout")
 
     def validate(self) -> None:
@@ -255,13 +287,14 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True)
 class MeshConfig(Section):
-    data: int = option(-1, "devices over which a batch is split; -1: the rest")
+    data: int = option(-1, "devices over which a batch is split; -1: the rest", free_on_resume=True)
     fsdp: int = option(
         0,
         "devices over which a batch, parameters and optimizer state are split; -1: the rest; 0: 1, or where the state "
         "would then fill more than half of a device's memory, the rest",
+        free_on_resume=True,
     )
-    tensor: int = option(1, "devices over which heads, MLP and vocabulary are split")
+    tensor: int = option(1, "devices over which heads, MLP and vocabulary are split", free_on_resume=True)
 
     def validate(self) -> None:
         for name in ("data", "fsdp", "tensor"):
@@ -346,3 +379,18 @@ def type_name(hint: Any) -> str:
     if isinstance(hint, types.UnionType):
         return " or ".join(type_name(option) for option in typing.get_args(hint))
     return names.get(hint, hint.__name__)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Each field's value by the name that the command line gives it, as "train.max_steps"."""
+    flat: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        flat |= {f"{name}.{field}": v for field, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def field_metadata(name: str) -> Mapping[str, Any]:
+    """What `option` notes of the field that the command line calls `name`."""
+    section, _, field = name.rpartition(".")
+    fields: dict[str, dataclasses.Field[Any]] = vars(SECTIONS[section] if section else Config)["__dataclass_fields__"]
+    return fields[field].metadata

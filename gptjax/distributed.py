@@ -27,7 +27,7 @@ import numpy as np
 from jax._src.distributed import global_state  # what `jax.distributed` keeps, its key-value store among it
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax.errors import UserError, describe
+from gptjax.errors import UserError, exit_code_and_message
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0  # without a beat: the process is dead or stopped, or its network is
@@ -214,7 +214,7 @@ class _Watch:
 
     def leave(self, error: BaseException) -> NoReturn:
         """End this process after an error, and tell the others, unless it is that another one was lost."""
-        known = describe(error)
+        known = exit_code_and_message(error)
         code, message = known or (CODE, f"{type(error).__name__}: {_first_line(error)}")
         if known is None:
             traceback.print_exception(error)

@@ -13,14 +13,14 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what `describe` knows inside the block into one line on stderr and an exit code."""
+    """Turn what `exit_code_and_message` knows inside the block into one line on stderr and an exit code."""
     try:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         sys.exit(141)
     except BaseException as error:
-        known = describe(error)
+        known = exit_code_and_message(error)
         if known is None:
             raise
         sys.stdout.flush()
@@ -28,7 +28,7 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(known[0])
 
 
-def describe(error: BaseException) -> tuple[int, str] | None:
+def exit_code_and_message(error: BaseException) -> tuple[int, str] | None:
     """The exit code of a user's mistake or a full disk, 2, or of Ctrl-C, 130, and what to say; None for a bug."""
     if isinstance(error, UserError):
         return 2, str(error)

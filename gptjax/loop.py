@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from gptjax import distributed, flops, report
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, MeshConfig, ModelConfig
+from gptjax.config import Config, MeshConfig, ModelConfig, flat
 from gptjax.data import batches
 from gptjax.data.prepare import Dataset, load_dataset
 from gptjax.data.token_files import Tokens
@@ -22,7 +22,7 @@ from gptjax.errors import UserError
 from gptjax.files import write_atomically
 from gptjax.host import multiplies_bfloat16
 from gptjax.metrics import Metrics
-from gptjax.run_dir import flat, require_resumable
+from gptjax.run_dir import require_resumable
 from gptjax.sharding import batch_sharding, make_mesh, memory
 from gptjax.training import Steps, TrainState, compile_steps, state_bytes
 

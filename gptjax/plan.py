@@ -16,7 +16,7 @@ from gptjax.config import Config, MeshConfig, Section, option
 from gptjax.errors import one_line_errors
 from gptjax.planning.page import to_json, to_text
 from gptjax.planning.plan import make_plan, resolve, search
-from gptjax.planning.topology import describe
+from gptjax.planning.topology import find_topology
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     config = resolve(config)
     if arguments.mesh:
         config = replace(config, mesh=MeshConfig(*map(int, arguments.mesh.split("x"))))
-    topology = describe(arguments.topology)
+    topology = find_topology(arguments.topology)
     if arguments.search:
         plan = search(config, topology, sys.stderr if arguments.json else sys.stdout)
     else:

@@ -17,12 +17,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from gptjax.host import peak_host_memory
 
-Metrics = dict[str, Float[np.ndarray, " R"]]  # a column's name -> its R rows
+Columns = dict[str, Float[np.ndarray, " R"]]  # a column's name -> its R rows
 
 TRAIN, VAL, INK, GRID = "#3b6fb6", "#d1495b", "#3a3a3a", "#e6e6e6"
 
 
-def read_metrics(path: str | Path) -> Metrics:
+def read_metrics(path: str | Path) -> Columns:
     """The columns of a run's metrics.csv as float64 arrays, nan where nothing was measured.
 
     Lines that are not whole are left out, so a run that is writing can be read, and where a resumed run repeats
@@ -86,7 +86,7 @@ def plot_losses(metrics_csv: str | Path, png: str | Path, *, title: str) -> None
     os.replace(temporary, png)
 
 
-def _finite(metrics: Metrics, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _finite(metrics: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
     measured = np.isfinite(metrics[name])
     return metrics["step"][measured], metrics[name][measured]
 
@@ -133,7 +133,7 @@ def _mark_best(axes: Axes, steps: np.ndarray, losses: np.ndarray, end: float) ->
     )
 
 
-def _set_limits(axes: Axes, metrics: Metrics) -> None:
+def _set_limits(axes: Axes, metrics: Columns) -> None:
     """Fit the axes to the run without its first 5%, whose high losses would flatten all the rest."""
     (train_steps, train), (val_steps, val) = _finite(metrics, "train_loss"), _finite(metrics, "val_loss")
     steps, losses = np.concatenate([train_steps, val_steps]), np.concatenate([smooth(train), val])
@@ -149,7 +149,7 @@ def _set_limits(axes: Axes, metrics: Metrics) -> None:
     axes.set_xlim(first - margin, last + margin)
 
 
-def _style(axes: Axes, metrics: Metrics, title: str) -> None:
+def _style(axes: Axes, metrics: Columns, title: str) -> None:
     tokens_per_step = metrics["tokens"][-1:].sum() / max(metrics["step"][-1:].sum(), 1)
 
     def step_and_tokens(step: float, _: int) -> str:
@@ -177,7 +177,7 @@ def _count(number: float) -> str:
 
 
 def run_report(
-    metrics: Metrics,
+    metrics: Columns,
     *,
     title: str,
     characters_per_token: float | None = None,
@@ -206,7 +206,7 @@ def _last(values: np.ndarray) -> float:
     return float(values[-1]) if len(values) else 0.0
 
 
-def _speed_rows(metrics: Metrics, mfu: float | None, peak_memory: int | None) -> list[tuple[str, str]]:
+def _speed_rows(metrics: Columns, mfu: float | None, peak_memory: int | None) -> list[tuple[str, str]]:
     seconds, rates = _last(metrics["seconds"]), metrics["tokens_per_second"]
     rates = rates[np.isfinite(rates)]
     rows = [("steps", f"{_last(metrics['step']):,.0f}"), ("tokens", _count(_last(metrics["tokens"])))]
@@ -218,7 +218,7 @@ def _speed_rows(metrics: Metrics, mfu: float | None, peak_memory: int | None) ->
     return rows
 
 
-def _loss_rows(metrics: Metrics, characters_per_token: float | None) -> list[tuple[str, str]]:
+def _loss_rows(metrics: Columns, characters_per_token: float | None) -> list[tuple[str, str]]:
     (_, train), (steps, val) = _finite(metrics, "train_loss"), _finite(metrics, "val_loss")
     rows = [("final training loss", f"{smooth(train)[-1]:.4f}")] if len(train) else []
     if len(val) == 0:
@@ -232,7 +232,7 @@ def _loss_rows(metrics: Metrics, characters_per_token: float | None) -> list[tup
     return rows
 
 
-def _verdict(metrics: Metrics) -> str:
+def _verdict(metrics: Columns) -> str:
     steps, val = _finite(metrics, "val_loss")
     onset = overfitting_onset(steps, val)
     if onset is not None:

@@ -1,6 +1,5 @@
 """The run directory: a run's config, tokenizer, checkpoints and metrics in one folder that needs nothing else."""
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -8,33 +7,11 @@ from typing import Any, Literal
 import jax
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config
+from gptjax.config import Config, field_metadata, flat
 from gptjax.errors import UserError
 from gptjax.sharding import one_device, with_shardings
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import init_state
-
-# Fields that may change when a run is resumed: none of them changes what a step computes, but for rounding. The data
-# may move; the fingerprint in the checkpoint tells whether the tokens are still the same.
-FREE_ON_RESUME = {
-    "train.max_steps",
-    "model.attention",
-    "model.layers",
-    "model.remat",
-    "optimizer.decay_steps",  # these two by `decay_end` below
-    "train.eval_interval",
-    "train.eval_batches",
-    "train.save_interval",
-    "train.log_interval",
-    "train.patience",
-    "data.source",
-    "data.tokenizer",
-    "data.sha256",
-    "data.dir",
-    "mesh.data",  # another mesh adds the same numbers in another order
-    "mesh.fsdp",
-    "mesh.tensor",
-}
 
 
 def new_run_dir(name: str, out_dir: str | None) -> Path:
@@ -101,7 +78,7 @@ def require_resumable(saved: Config, config: Config) -> None:
     """Raise `UserError`, naming the field, where `config` would not continue exactly what `saved` began."""
     old, new = flat(saved), flat(config)
     for name in old:
-        if name not in FREE_ON_RESUME and old[name] != new[name]:
+        if not field_metadata(name)["free_on_resume"] and old[name] != new[name]:
             raise UserError(
                 f"cannot resume with {name}={new[name]}: the run has {old[name]}; "
                 f"pass --{name} {old[name]} or start a new run (without --resume, with another --out_dir)"
@@ -119,11 +96,3 @@ def require_resumable(saved: Config, config: Config) -> None:
 def decay_end(config: Config) -> int:
     """The step at which the learning rate reaches its floor."""
     return config.optimizer.decay_steps or config.train.max_steps
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Each field's value by the name that the command line gives it."""
-    flat: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(config).items():
-        flat |= {f"{name}.{field}": v for field, v in value.items()} if isinstance(value, dict) else {name: value}
-    return flat

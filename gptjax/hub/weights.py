@@ -5,6 +5,7 @@
 A file is read with no code run: safetensors alone, or torch's weights-only loader.
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -173,9 +174,7 @@ def adopt(config: ModelConfig, checkpoint: ModelConfig) -> ModelConfig:
             f"model.block_size={config.block_size} is longer than this checkpoint's {checkpoint.block_size} "
             f"positions; pass --model.block_size {checkpoint.block_size} or less"
         )
-    own = (
-        "block_size dropout attention_dropout separator attention layers remat dtype lora_rank lora_alpha lora_layers"
-    ).split()
+    own = {field.name for field in dataclasses.fields(ModelConfig) if not field.metadata["architecture"]}
     for name, default in vars(ModelConfig()).items():
         value, there = getattr(config, name), getattr(checkpoint, name)
         if name not in own and value not in (default, there):

@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from gptjax.attention import SPLASH_BLOCK
 
 
-def flops(jaxpr: Jaxpr) -> float:
+def jaxpr_flops(jaxpr: Jaxpr) -> float:
     """FLOPs of the matrix products in a program, on all devices together: what recomputes counts again.
 
     Products inside loops count as often as they run, inside shard_map on every device of its mesh. The norms, softmax
@@ -32,7 +32,7 @@ def flops(jaxpr: Jaxpr) -> float:
             total += 2 * math.prod(result) * math.prod(lhs[axis] for axis in axes)
         elif name == "pallas_call":
             total += _splash_flops(eqn)
-        elif parts := [flops(part) for part in _inner(params)]:
+        elif parts := [jaxpr_flops(part) for part in _inner(params)]:
             times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
             total += times * (max(parts) if name == "cond" else sum(parts))
     return total

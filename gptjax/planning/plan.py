@@ -20,8 +20,7 @@ from gptjax import flops
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
 from gptjax.hub.init_from import open_origin
-from gptjax.planning.hlo_cost import Program
-from gptjax.planning.hlo_cost import flops as program_flops
+from gptjax.planning.hlo_cost import Program, jaxpr_flops
 from gptjax.planning.topology import Topology
 from gptjax.sharding import AXES, make_mesh
 from gptjax.training import state_bytes, trace_train_step
@@ -110,7 +109,7 @@ def make_plan(config: Config, topology: Topology, slower_than: float = math.inf)
     params = _bytes(state.params)
     parts = {"parameters": params, "optimizer": _bytes(state) - params}
     plan = Plan(config, topology, mesh, _size(state.params), _model_flops(config, state.params), 0.0, parts)
-    plan.step_flops = program_flops(traced.jaxpr.jaxpr)
+    plan.step_flops = jaxpr_flops(traced.jaxpr.jaxpr)
     plan.pruned = plan.seconds["flops"] > slower_than
     if plan.pruned:
         return plan

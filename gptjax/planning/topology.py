@@ -93,7 +93,7 @@ class Topology:
         )
 
 
-def describe(name: str) -> Topology:
+def find_topology(name: str) -> Topology:
     """The hardware of that name: libtpu's names, Google's product names, and h100:GPUS or h100:NODESxGPUS.
 
     Raises:

@@ -11,13 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import Config, ModelConfig, TrainConfig
 from gptjax.flops import matmul_params, train_flops_per_token
-from gptjax.planning.hlo_cost import Program, flops, shape_bytes
+from gptjax.planning.hlo_cost import Program, jaxpr_flops, shape_bytes
 from gptjax.training import init_state, train_step
 
 
 def flops_of(function, *shapes):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def test_products_count_as_often_as_they_run():
@@ -76,7 +76,7 @@ def step_flops(attention, **model):
     )
     state = jax.eval_shape(lambda: init_state(config))
     windows = jax.ShapeDtypeStruct((2, 2, config.model.block_size + 1), jnp.int32)
-    counted = flops(jax.make_jaxpr(partial(train_step, config))(state, windows).jaxpr)
+    counted = jaxpr_flops(jax.make_jaxpr(partial(train_step, config))(state, windows).jaxpr)
     return counted, config, state.params
 
 

@@ -20,7 +20,7 @@ from gptjax.planning import plan as planning
 from gptjax.planning.hlo_cost import Program
 from gptjax.planning.page import to_json, to_text
 from gptjax.planning.plan import Moved, Plan, candidate_meshes, micro_steps, resolve, search
-from gptjax.planning.topology import GPUS, TPUS, Topology, describe, slice_of
+from gptjax.planning.topology import GPUS, TPUS, Topology, find_topology, slice_of
 from gptjax.sharding import AXES, make_mesh
 from gptjax.training import trace_train_step
 
@@ -57,7 +57,7 @@ def test_product_names(family, size, sides):
 )
 def test_a_wrong_topology_is_one_line(name):
     with pytest.raises(UserError, match=re.escape(repr(name))) as raised:
-        describe(name)
+        find_topology(name)
     assert "v5e:4x4" in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_said_in_a_line(tpu):
 @pytest.mark.slow
 def test_no_whole_embedding_and_no_logits_travel(tpu):
     config = replace(resolve(GPT2), mesh=MeshConfig(2, 4, 2), train=TrainConfig(batch_size=64))
-    mesh = make_mesh(config.mesh, 64, 0, describe("v5e:4x4").devices)
+    mesh = make_mesh(config.mesh, 64, 0, find_topology("v5e:4x4").devices)
     _, traced = trace_train_step(config, mesh)
     with jax.set_mesh(mesh):
         program = Program(traced.lower().compile().as_text(), 16)
