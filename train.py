@@ -11,7 +11,7 @@ from gptjax.cli import Parser, load_config_file
 from gptjax.config import Config, Section, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.host import use_cores
-from gptjax.hub.init_from import open_origin, resumed
+from gptjax.hub.init_from import open_pretrained, resumed
 from gptjax.inference.generate import Sampling
 from gptjax.inference.language_model import LanguageModel
 from gptjax.loop import train
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
         if config.init_from and resume:
             config = resumed(config, Config.from_json(run_dir / "config.json"), run_dir)
         elif config.init_from:
-            weights = open_origin(config.init_from)
+            weights = open_pretrained(config.init_from)
             config = weights.adapt(config)
         return train(config, run_dir, resume, weights, sample)
 

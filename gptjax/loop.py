@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
 
 class InitialWeights(Protocol):
-    """What a run needs of the weights that it starts from (`gptjax.hub.init_from.Origin`)."""
+    """What a run needs of the weights that it starts from (`gptjax.hub.init_from.PretrainedWeights`)."""
 
     def require_fit(self, dataset: Dataset, run_dir: Path) -> None: ...
     def copy_side_files(self, run_dir: Path) -> None: ...

@@ -12,7 +12,7 @@ from gptjax import loop
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.data.prepare import load_dataset
 from gptjax.errors import UserError
-from gptjax.hub.init_from import open_origin
+from gptjax.hub.init_from import open_pretrained
 from gptjax.loop import Run, resolve, train, validation_loss
 from gptjax.model import GPT
 from gptjax.report import read_metrics
@@ -81,7 +81,7 @@ def test_before_the_first_step_a_few_batches_are_enough(data, tmp_path, monkeypa
     params = run.steps.init().params
     np.testing.assert_allclose(first, validation_loss(run, params, n_batches=2), rtol=1e-6)
     assert validation_loss(run, params) != validation_loss(run, params, n_batches=2)
-    weights = open_origin(str(tmp_path / "run"))
+    weights = open_pretrained(str(tmp_path / "run"))
     tuned = weights.adapt(replace(config, init_from=str(tmp_path / "run")))
     assert train(tuned, tmp_path / "tuned", resume=False, weights=weights) == 0
     first = read_metrics(tmp_path / "tuned" / "metrics.csv")["val_loss"][0]

@@ -13,7 +13,7 @@ from gptjax.config import LINEAR_LAYERS, Config, MeshConfig, ModelConfig, Optimi
 from gptjax.errors import UserError
 from gptjax.export import main
 from gptjax.hub.families import draw_params, path_of
-from gptjax.hub.init_from import open_origin
+from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import merge_lora
 from gptjax.inference.generate import Sampling
 from gptjax.inference.language_model import LanguageModel
@@ -328,7 +328,7 @@ def test_a_run_with_it_talks_exports_and_starts_other_runs(run, trained, tmp_pat
         assert model.n_params == sum(leaf.size for leaf in _shapes(PLAIN).values())
         # As merged above.
         np.testing.assert_allclose(logits_of(PLAIN, model.params, tokens_BT), logits_BTV, rtol=0, atol=1e-5)
-    origin = open_origin(str(run))
+    origin = open_pretrained(str(run))
     assert origin.config == PLAIN
     for config in (PLAIN, CONFIG.model):
         abstract = with_shardings(one_device(), jax.eval_shape(lambda config=config: draw_params(config, 0)))

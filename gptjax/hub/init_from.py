@@ -24,7 +24,7 @@ from gptjax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Origin:
+class PretrainedWeights:
     """Weights to start from, looked at and not yet read."""
 
     config: ModelConfig
@@ -69,7 +69,7 @@ def resumed(config: Config, saved: Config, run_dir: Path) -> Config:
     return replace(config, model=adopt(config.model, saved.model))
 
 
-def open_origin(name: str) -> Origin:
+def open_pretrained(name: str) -> PretrainedWeights:
     """A Hugging Face folder or the name of a model there, a run's folder (its best checkpoint), or nanoGPT's ckpt.pt.
 
     Raises:
@@ -80,13 +80,15 @@ def open_origin(name: str) -> Origin:
         return _open_run(path)
     weights = open_weights(path)
     folder = path if path.is_dir() else path.parent
-    return Origin(
+    return PretrainedWeights(
         weights.config, tokenizer_of(path, weights.config), folder, lambda *arguments: load_params(weights, *arguments)
     )
 
 
-def _open_run(path: Path) -> Origin:
+def _open_run(path: Path) -> PretrainedWeights:
     run, params, _ = load_run(path, "best")
     checkpoint, params = merge_lora(run.model, params)
 
-    return Origin(checkpoint, str(path / "tokenizer.json"), path, lambda *arguments: reuse_params(params, *arguments))
+    return PretrainedWeights(
+        checkpoint, str(path / "tokenizer.json"), path, lambda *arguments: reuse_params(params, *arguments)
+    )

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from gptjax import flops
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
-from gptjax.hub.init_from import open_origin
+from gptjax.hub.init_from import open_pretrained
 from gptjax.planning.hlo_cost import Program, jaxpr_flops
 from gptjax.planning.topology import Topology
 from gptjax.sharding import AXES, make_mesh
@@ -216,7 +216,7 @@ def resolve(config: Config) -> Config:
         UserError: the vocabulary is that of a text which only a run would read.
     """
     if config.init_from:
-        config = open_origin(config.init_from).adapt(config)
+        config = open_pretrained(config.init_from).adapt(config)
     model, tokenizer = config.model, config.data.tokenizer
     known = {"gpt2": GPT2_TOKENS, "bpe": config.data.vocab_size}
     if not model.vocab_size and tokenizer not in known:

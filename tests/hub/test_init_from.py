@@ -19,7 +19,7 @@ from gptjax.errors import UserError
 from gptjax.evaluate import text_loss
 from gptjax.hub.export import export
 from gptjax.hub.families import draw_params
-from gptjax.hub.init_from import open_origin
+from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import SIDE_FILES
 from gptjax.inference.language_model import LanguageModel
 from gptjax.metrics import Metrics
@@ -183,10 +183,10 @@ def test_the_origins_tokenizer_is_used_unless_one_is_named(run, second, origin, 
     assert (run / "tokenizer.json").read_text() == (origin / "tokenizer.json").read_text()
     assert Config.from_json(run / "config.json").data.tokenizer == str(origin)
     assert Config.from_json(second / "config.json").data.tokenizer == str(folder / "same.json")
-    assert open_origin(str(run)).adapt(Config()).data.tokenizer == str(run / "tokenizer.json")
-    assert open_origin(str(origin)).adapt(Config()).data.tokenizer == str(origin)
+    assert open_pretrained(str(run)).adapt(Config()).data.tokenizer == str(run / "tokenizer.json")
+    assert open_pretrained(str(origin)).adapt(Config()).data.tokenizer == str(origin)
     named = Config(data=DataConfig(tokenizer=str(folder / "same.json")))
-    assert open_origin(str(origin)).adapt(named).data.tokenizer == str(folder / "same.json")
+    assert open_pretrained(str(origin)).adapt(named).data.tokenizer == str(folder / "same.json")
 
 
 def state_of(run_dir):
@@ -232,7 +232,7 @@ def arrays(tree):
 @pytest.mark.parametrize("block_size", [BLOCK, 5])
 def test_of_more_positions_the_first_ones_are_taken_and_all_else_as_it_is(run, origin, scramble, block_size):
     for path, whole in ((origin, scramble(CONFIG)), (run, load_run(run, "best")[1])):
-        source = open_origin(str(path))
+        source = open_pretrained(str(path))
         config = source.adapt(Config(model=ModelConfig(block_size=block_size))).model
         abstract = with_shardings(one_device(), jax.eval_shape(lambda config=config: draw_params(config, 0)))
         loaded, wanted = [
@@ -247,7 +247,7 @@ def test_of_more_positions_the_first_ones_are_taken_and_all_else_as_it_is(run, o
 def test_what_training_alone_needs_is_the_runs_own(origin):
     own = {"dropout": 0.2, "dtype": "bfloat16", "lora_rank": 3, "lora_alpha": 5.0, "lora_layers": "query,up"}
     same = {"bias": True, "vocab_size": len(LETTERS)}
-    adapted = open_origin(str(origin)).adapt(Config(model=ModelConfig(block_size=9, **own, **same))).model
+    adapted = open_pretrained(str(origin)).adapt(Config(model=ModelConfig(block_size=9, **own, **same))).model
     assert adapted == replace(CONFIG, block_size=9, **own)
 
 

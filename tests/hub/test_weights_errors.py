@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
 from gptjax.hub.families import expected_tensors, family_of, read_config
-from gptjax.hub.init_from import open_origin
+from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import open_weights
 from gptjax.inference.language_model import LanguageModel
 from gptjax.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ def make(tmp_path):
 def refusal(path, *parts):
     """The one line that all who read a model give."""
     messages = set()
-    for read in (lambda: open_weights(path), lambda: LanguageModel.load(str(path)), lambda: open_origin(str(path))):
+    for read in (lambda: open_weights(path), lambda: LanguageModel.load(str(path)), lambda: open_pretrained(str(path))):
         with pytest.raises(UserError) as caught:
             read()
         messages.add(re.sub(r"tensor `.*?`", "tensor", str(caught.value)))  # the library names any of several
@@ -705,7 +705,7 @@ def saved(torch, tmp_path):
 def test_the_checkpoint_itself_is_good(saved, checkpoint):
     path = saved(checkpoint)
     assert LanguageModel.load(str(path)).config.n_layer == 2
-    assert open_origin(str(path)).config.bias
+    assert open_pretrained(str(path)).config.bias
 
 
 @pytest.mark.parametrize("place", ["pickle", "whole", "config", "model_args", "model", "tensor", "legacy"])
@@ -720,7 +720,7 @@ def test_a_checkpoint_with_a_trap(place, saved, checkpoint, sprung):
     path = saved(trap if place == "whole" else checkpoint, _use_new_zipfile_serialization=place != "legacy")
     if place == "pickle":
         path.write_bytes(pickle.dumps(trap))
-    for read in (open_weights, open_origin, LanguageModel.load):
+    for read in (open_weights, open_pretrained, LanguageModel.load):
         with pytest.raises(UserError) as caught:
             read(path if read is open_weights else str(path))
         assert f"{path} is no checkpoint of nanoGPT that can be read without running code" in str(caught.value)
@@ -859,7 +859,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(make):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_fields_that_contradict_the_checkpoint(family, make):
     folder = make(family)
-    origin = open_origin(str(folder))
+    origin = open_pretrained(str(folder))
     asked = ModelConfig(n_layer=3)
     with pytest.raises(UserError, match=r"model\.n_layer=3 is not what the checkpoint has \(2\); leave it out"):
         origin.adapt(Config(model=asked))

@@ -19,7 +19,7 @@ from gptjax.errors import UserError
 from gptjax.export import main
 from gptjax.hub.export import export
 from gptjax.hub.families import draw_params, expected_tensors, read_config
-from gptjax.hub.init_from import open_origin
+from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import merge_lora
 from gptjax.inference.generate import Sampling, generate
 from gptjax.inference.language_model import LanguageModel
@@ -340,7 +340,7 @@ def test_lora_starts_at_the_weights_it_has(name, open_case):
 
 def start(folder, mesh, **model):
     """Config and parameters of a run that begins with a folder's weights."""
-    origin = open_origin(str(folder))
+    origin = open_pretrained(str(folder))
     config = origin.adapt(Config(model=ModelConfig(dtype="float32", **model))).model
     abstract = with_shardings(mesh, jax.eval_shape(lambda: draw_params(config, 0)))
     return config, jax.block_until_ready(origin.load(config, abstract, 0))
