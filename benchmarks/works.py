@@ -51,8 +51,7 @@ def _windows(config: Config) -> np.ndarray:
 def our_step(work: str, dtype: str) -> Work:
     """The step that train.py compiles, on as many CPU devices as there are cores."""
     config = config_of(work)
-    model = replace(config.model, dtype=dtype)
-    config = replace(config, model=model)
+    config = replace(config, model=replace(config.model, dtype=dtype))
     from gptjax.host import use_cores
 
     use_cores(config.train.batch_size, 0)
@@ -65,13 +64,6 @@ def our_step(work: str, dtype: str) -> Work:
     mesh = make_mesh(config.mesh, config.train.batch_size)
     steps = compile_steps(config, mesh)
     state = steps.init()
-    n_matmul_params = flops.matmul_params(state.params)
-    per_token = flops.train_flops_per_token(
-        n_matmul_params=n_matmul_params,
-        n_layer=model.n_layer,
-        n_embd=model.n_embd,
-        block_size=model.block_size,
-    )
     windows_ABW = jax.device_put(_windows(config)[None], batch_sharding(mesh))
 
     def step() -> None:
@@ -80,7 +72,7 @@ def our_step(work: str, dtype: str) -> Work:
         jax.block_until_ready((state, metrics))
 
     step()
-    return {"flops": per_token * config.train.batch_size * model.block_size, "jax": jax.__version__}, timed(step)
+    return {"flops": flops.step_flops(config, state.params), "jax": jax.__version__}, timed(step)
 
 
 def _torch_device() -> str:

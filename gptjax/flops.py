@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from gptjax.config import Config
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -145,3 +147,18 @@ def matmul_params(params: Any) -> int:
     head = params["head" if "head" in params else "token_embedding"]
     layers = jax.tree_util.tree_leaves_with_path(params["layers"])
     return head.size + sum(leaf.size for path, leaf in layers if path[-1].key == "kernel")
+
+
+def step_flops(config: Config, params: Any) -> int:
+    """FLOPs of one optimizer step, all micro-steps and devices together, by `train_flops_per_token`.
+
+    `params` may be arrays or their shapes.
+    """
+    model = config.model
+    per_token = train_flops_per_token(
+        n_matmul_params=matmul_params(params),
+        n_layer=model.n_layer,
+        n_embd=model.n_embd,
+        block_size=model.block_size,
+    )
+    return per_token * config.train.batch_size * model.block_size

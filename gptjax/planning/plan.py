@@ -50,7 +50,7 @@ class Plan:
     topology: Topology
     mesh: Mesh
     n_params: int
-    model_flops: float  # of a step: `flops.train_flops_per_token`, what MFU counts
+    model_flops: float  # of a step: `flops.step_flops`, as MFU counts them
     step_flops: float
     parts: dict[str, float]  # bytes of HBM
     fits: bool = False
@@ -108,7 +108,7 @@ def make_plan(config: Config, topology: Topology, slower_than: float = math.inf)
     state, traced = trace_train_step(config, mesh)
     params = _bytes(state.params)
     parts = {"parameters": params, "optimizer": _bytes(state) - params}
-    plan = Plan(config, topology, mesh, _size(state.params), _model_flops(config, state.params), 0.0, parts)
+    plan = Plan(config, topology, mesh, _size(state.params), float(flops.step_flops(config, state.params)), 0.0, parts)
     plan.step_flops = jaxpr_flops(traced.jaxpr.jaxpr)
     plan.pruned = plan.seconds["flops"] > slower_than
     if plan.pruned:
@@ -197,16 +197,6 @@ def _bytes(tree: Any) -> float:
     """Of the largest shard of each array, on one device."""
     shards = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)]
     return float(sum(math.prod(shape) * width for shape, width in shards))
-
-
-def _model_flops(config: Config, params: Any) -> float:
-    per_token = flops.train_flops_per_token(
-        n_matmul_params=flops.matmul_params(params),
-        n_layer=config.model.n_layer,
-        n_embd=config.model.n_embd,
-        block_size=config.model.block_size,
-    )
-    return float(per_token) * config.train.batch_size * config.model.block_size
 
 
 def resolve(config: Config) -> Config:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import Config, ModelConfig, TrainConfig
-from gptjax.flops import matmul_params, train_flops_per_token
+from gptjax.flops import matmul_params, step_flops
 from gptjax.planning.hlo_cost import Program, jaxpr_flops, shape_bytes
 from gptjax.training import init_state, train_step
 
@@ -41,8 +41,8 @@ def test_what_remat_computes_again_counts_again():
 
 
 def test_a_layers_products_are_kept_or_computed_again_as_remat_says():
-    counted = {remat: step_flops("plain", layers="looped", remat=remat)[0] for remat in ("none", "dots", "full")}
-    model = step_flops("plain")[1].model
+    counted = {remat: jaxpr_step("plain", layers="looped", remat=remat)[0] for remat in ("none", "dots", "full")}
+    model = jaxpr_step("plain")[1].model
     places = 4 * model.block_size * model.n_layer
     attention = 4 * model.block_size * model.n_embd * places  # scores, and values by weights
     assert counted["dots"] - counted["none"] == attention
@@ -51,9 +51,9 @@ def test_a_layers_products_are_kept_or_computed_again_as_remat_says():
 
 
 def test_frozen_weights_have_no_gradient():
-    trained, config, params = step_flops("plain")
+    trained, config, params = jaxpr_step("plain")
     places = 4 * config.model.block_size
-    lora = step_flops("plain", lora_rank=8, lora_layers="query,value")[0]
+    lora = jaxpr_step("plain", lora_rank=8, lora_layers="query,value")[0]
     # By kernels alone: that by the head comes with the loss.
     frozen = 2 * (matmul_params(params) - config.model.padded_vocab_size * config.model.n_embd) * places
     # Query and value have two products of rank 8 each: one forward and two in the gradient.
@@ -67,7 +67,7 @@ def test_shard_map_counts_on_every_device():
     assert flops_of(split, (16, 4), (4, 4)) == 2 * 16 * 4 * 4
 
 
-def step_flops(attention, **model):
+def jaxpr_step(attention, **model):
     config = Config(
         model=ModelConfig(
             vocab_size=2048, n_layer=3, n_head=4, n_embd=256, attention=attention, dtype="float32", **model
@@ -82,14 +82,13 @@ def step_flops(attention, **model):
 
 @pytest.mark.parametrize("layers", ["looped", "unrolled"])
 def test_a_step_has_the_flops_that_mfu_counts(layers):
-    counted, config, params = step_flops("plain", layers=layers, block_size=64)
-    per_token = train_flops_per_token(n_matmul_params=matmul_params(params), n_layer=3, n_embd=256, block_size=64)
-    assert counted == per_token * 4 * 64
+    counted, config, params = jaxpr_step("plain", layers=layers, block_size=64)
+    assert counted == step_flops(config, params)
 
 
 def test_splash_attention_counts_the_blocks_that_causality_leaves():
     T = 2048  # two blocks of queries and of keys: three of the four pairs are left
-    counted, config, params = step_flops("splash", layers="looped", block_size=T)
+    counted, config, params = jaxpr_step("splash", layers="looped", block_size=T)
     products = 6 * matmul_params(params) * 4 * T
     attention = (2 + 5) * 2 * 4 * T * T * 256 * 3  # forward 2 products, backward 5: rows x T x T x width x layers
     sums = 2 * 4 * T * 256 * 3  # of the result by its gradient, which are a product of JAX's outside the kernel
