@@ -63,11 +63,13 @@ def train(config: Config, tokens: np.ndarray, held_out: np.ndarray) -> tuple[flo
     import jax
 
     from gptjax.data import batches
+    from gptjax.resolve import resolve
     from gptjax.sharding import batch_sharding, make_mesh
     from gptjax.training import compile_steps
 
     length, rows = config.model.block_size, config.train.batch_size
     mesh = make_mesh(config.mesh, rows)
+    config = replace(config, model=resolve(config.model, jax.default_backend()))
     steps, seconds = compile_steps(config, mesh), []
     state = steps.init()
 

@@ -58,11 +58,13 @@ def our_step(work: str, dtype: str) -> Work:
     import jax
 
     from gptjax import flops
+    from gptjax.resolve import resolve
     from gptjax.sharding import batch_sharding, make_mesh
     from gptjax.training import compile_steps
 
+    model = resolve(model, jax.default_backend())
     mesh = make_mesh(config.mesh, config.train.batch_size)
-    steps = compile_steps(config, mesh)
+    steps = compile_steps(replace(config, model=model), mesh)
     state = steps.init()
     windows_ABW = jax.device_put(_windows(config)[None], batch_sharding(mesh))
 

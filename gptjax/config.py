@@ -71,7 +71,6 @@ class DataConfig(Section):
         self.require(0 < self.val_fraction < 1, "val_fraction", "is not between 0 and 1")
 
 
-LONG_CONTEXT = 512  # tokens from which plain attention, with its T x T scores, is the slower one (docs/performance.md)
 LINEAR_LAYERS = ("query", "key", "value", "out", "up", "gate", "down")
 
 
@@ -175,26 +174,6 @@ class ModelConfig(Section):
         self.require(self.attention != "cudnn" or self.separator is None, "attention", mixed)
         blocks = f"takes blocks of 128, which model.block_size={self.block_size} is no multiple of: pass blockwise"
         self.require(self.attention != "splash" or self.block_size % 128 == 0, "attention", blocks)
-
-    def on(self, platform: str) -> "ModelConfig":
-        """The config with what 'auto' means on a platform of JAX's: attention and layers."""
-        attention, layers = self.attention, self.layers
-        if attention == "auto":
-            cudnn = self.dtype == "bfloat16" and self.head_width % 8 == 0 and self.separator is None
-            able = {"tpu": self.block_size % 128 == 0, "gpu": cudnn}
-            best: dict[str, Any] = {"tpu": "splash", "gpu": "cudnn"}
-            attention = "blockwise" if self.block_size >= LONG_CONTEXT else "plain"
-            attention = best[platform] if able.get(platform) else attention
-            attention = "plain" if self.attention_rate else attention
-        if layers == "auto":
-            layers = "unrolled" if platform == "cpu" else "looped"
-        return dataclasses.replace(self, attention=attention, layers=layers)
-
-    def sampled_on(self, platform: str) -> "ModelConfig":
-        """The config with the dtype of activations where no gradient is taken: float32 on a CPU, where a token takes
-        longer in bfloat16, else its own, or bfloat16."""
-        own = "bfloat16" if self.dtype == "auto" else self.dtype
-        return dataclasses.replace(self, dtype="float32" if platform == "cpu" else own)
 
     @property
     def attention_rate(self) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -20,8 +20,8 @@ from gptjax.data.token_files import Tokens
 from gptjax.distributed import StopSignal
 from gptjax.errors import UserError
 from gptjax.files import write_atomically
-from gptjax.host import multiplies_bfloat16
 from gptjax.metrics import Metrics
+from gptjax.resolve import resolve
 from gptjax.run_dir import require_resumable
 from gptjax.sharding import batch_sharding, make_mesh, memory
 from gptjax.training import Steps, TrainState, compile_steps, state_bytes
@@ -51,6 +51,7 @@ class Run(NamedTuple):
     best: Checkpoints
 
 
+@runtime_checkable
 class InitialWeights(Protocol):
     """What a run needs of the weights that it starts from (`gptjax.hub.init_from.PretrainedWeights`)."""
 
@@ -80,7 +81,9 @@ def train(
     dataset = distributed.after_first("data", lambda: load_dataset(config.data))
     if weights:
         weights.require_fit(dataset, run_dir)
-    config = resolve(config, dataset, saved)
+    config = fit_to_data(config, dataset, saved)
+    model = resolve(config.model, jax.default_backend())
+    config = replace(config, model=replace(config.model, dtype=model.dtype))
     distributed.require_same("config", {"data": dataset.fingerprint(), "jax": jax.__version__} | flat(config))
     mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate, state_bytes(config))
     config = replace(config, mesh=MeshConfig(**mesh.shape))  # what a resumed run needs to be the same bit for bit
@@ -96,7 +99,9 @@ def train(
         if not resume:
             best.drop_after(-1)  # of a run that was killed before it saved its state
         peak = _peak(mesh, config.model.dtype)  # before anything compiles beside it
-        steps = compile_steps(config, mesh, ahead=not (resume or weights))  # else weights come first
+        steps = compile_steps(
+            replace(config, model=model), mesh, ahead=not (resume or weights)
+        )  # else weights come first
         run = Run(config, run_dir, dataset, mesh, steps, latest, best)
         stop = stack.enter_context(StopSignal(mesh))
         state, progress = _resume(run) if resume else (_start(run, weights), Progress(dataset.fingerprint()))
@@ -224,10 +229,8 @@ def _put_windows(run: Run, tokens: Tokens, starts_AB: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(shape, split, part)
 
 
-def resolve(config: Config, dataset: Dataset, saved: Config | None = None) -> Config:
-    """The config with what the data and the hardware decide: the vocabulary's size and the activations' dtype.
-
-    A run that goes on keeps the dtype that it was saved with, whatever hardware it goes on with.
+def fit_to_data(config: Config, dataset: Dataset, saved: Config | None = None) -> Config:
+    """The config with the vocabulary size of the data and, for a resumed run, the dtype that it was saved with.
 
     Raises:
         UserError: the vocabulary is too small for the tokenizer, or the text too short for a block.
@@ -240,12 +243,10 @@ def resolve(config: Config, dataset: Dataset, saved: Config | None = None) -> Co
     n_tokens, vocab_size = dataset.tokenizer.vocab_size, config.model.vocab_size
     if 0 < vocab_size < n_tokens:
         raise UserError(f"model.vocab_size={vocab_size} is less than the tokenizer's {n_tokens}; leave it out")
-    dtype = config.model.dtype
-    if dtype == "auto" and saved:
-        dtype = saved.model.dtype
-    elif dtype == "auto":
-        dtype = "bfloat16" if jax.default_backend() != "cpu" or multiplies_bfloat16() else "float32"
-    return replace(config, model=replace(config.model, vocab_size=vocab_size or n_tokens, dtype=dtype))
+    model = replace(config.model, vocab_size=vocab_size or n_tokens)
+    if saved and model.dtype == "auto":
+        model = replace(model, dtype=saved.model.dtype)
+    return replace(config, model=model)
 
 
 def _start(run: Run, weights: InitialWeights | None) -> TrainState:

@@ -15,7 +15,7 @@ from gptjax.cli import Parser, load_config_file
 from gptjax.config import Config, MeshConfig, Section, option
 from gptjax.errors import one_line_errors
 from gptjax.planning.page import to_json, to_text
-from gptjax.planning.plan import make_plan, resolve, search
+from gptjax.planning.plan import make_plan, search, without_data
 from gptjax.planning.topology import find_topology
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_fields(arguments)
     parser.add_fields(config)
     arguments, config = parser.parse(argv, arguments, config)
-    config = resolve(config)
+    config = without_data(config)
     if arguments.mesh:
         config = replace(config, mesh=MeshConfig(*map(int, arguments.mesh.split("x"))))
     topology = find_topology(arguments.topology)

@@ -161,7 +161,6 @@ class Steps(NamedTuple):
 def trace_train_step(config: Config, mesh: Mesh) -> tuple[TrainState, jax.stages.Traced]:
     """The very step of `compile_steps`, to look at or to compile for devices that need not be here, and its state."""
     require_divisible(config.model, mesh)
-    config = replace(config, model=config.model.on(mesh.devices.flat[0].platform))
     abstract = jax.eval_shape(lambda: init_state(config))
     state, options = with_shardings(mesh, abstract), config.train
     shape = (options.accumulate, options.batch_size // options.accumulate, config.model.block_size + 1)
@@ -210,7 +209,6 @@ def compile_steps(config: Config, mesh: Mesh, ahead: bool = False) -> Steps:
     `ahead`: the step of training is compiled at once, in a thread, while the caller prepares the first batch.
     """
     require_divisible(config.model, mesh)
-    config = replace(config, model=config.model.on(mesh.devices.flat[0].platform))
     abstract = jax.eval_shape(lambda: init_state(config))
     state, split = with_shardings(mesh, abstract), shardings(mesh, abstract)
 

@@ -14,6 +14,7 @@ from gptjax import matmul as products
 from gptjax.config import ModelConfig
 from gptjax.matmul import multiply
 from gptjax.model import GPT
+from gptjax.resolve import resolve
 from gptjax.training import loss_sum
 
 TOKENS = jnp.zeros((1, 1), jnp.int32)
@@ -68,7 +69,7 @@ def test_a_training_step_multiplies_everything_by_rows(monkeypatch, fields):
     monkeypatch.setattr(attention, "BLOCK", 16)
     config = ModelConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=64, block_size=32, dtype="bfloat16", **fields)
     params = jax.eval_shape(lambda: GPT(replace(config, attention="plain")).init(jax.random.key(0), TOKENS)["params"])
-    gradient = jax.jit(jax.grad(lambda params, windows: loss_sum(GPT(config.on("cpu")), params, windows)[0]))
+    gradient = jax.jit(jax.grad(lambda params, windows: loss_sum(GPT(resolve(config, "cpu")), params, windows)[0]))
     text = gradient.lower(params, jax.ShapeDtypeStruct((8, 33), jnp.int32)).compile().as_text()
     dots = [line for line in text.splitlines() if " dot(" in line]
     of_attention = 7 if "attention" in fields else 6  # blockwise takes its scores again

@@ -21,6 +21,7 @@ from gptjax.inference.decoder import hidden, lay_out, logits
 from gptjax.inference.generate import Ids, Memory, Sampling, generate
 from gptjax.inference.quantize import MATRICES, quantize
 from gptjax.inference.speculative import Decoder, speculate
+from gptjax.resolve import resolve
 from gptjax.run_dir import holds_run, load_run, trained_tokens
 from gptjax.sharding import one_device, with_shardings
 from gptjax.tokenizer import TextStream, Tokenizer
@@ -70,7 +71,7 @@ class LanguageModel:
         def chosen(config: ModelConfig) -> ModelConfig:
             if dtype == "float32" or dtype == "bfloat16":
                 return replace(config, dtype=dtype)
-            return config.sampled_on(jax.default_backend())
+            return resolve(config, jax.default_backend(), training=False)
 
         if holds_run(path):
             run, params, tokenizer = load_run(path, which)

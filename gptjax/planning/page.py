@@ -20,7 +20,7 @@ NOTES = {
 def to_text(plan: Plan, name: str, price: float | None) -> str:
     """One screen of at most 100 columns."""
     train, topology = plan.config.train, plan.topology
-    model = plan.config.model.on("gpu" if topology.is_gpu else "tpu")
+    model = plan.config.model
     each = train.batch_size // train.accumulate // (plan.mesh.shape["data"] * plan.mesh.shape["fsdp"])
     shape = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
     lines = [

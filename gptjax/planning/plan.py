@@ -22,6 +22,7 @@ from gptjax.errors import UserError
 from gptjax.hub.init_from import open_pretrained
 from gptjax.planning.hlo_cost import Program, jaxpr_flops
 from gptjax.planning.topology import Topology
+from gptjax.resolve import resolve
 from gptjax.sharding import AXES, make_mesh
 from gptjax.training import state_bytes, trace_train_step
 
@@ -127,8 +128,8 @@ def make_plan(config: Config, topology: Topology, slower_than: float = math.inf)
 
 def stand_in(model: ModelConfig, topology: Topology) -> ModelConfig:
     """The model as it is compiled: cuDNN's kernel wants cuDNN, so blockwise attention stands in for it."""
-    attention = model.on("gpu" if topology.is_gpu else "tpu").attention
-    return replace(model, attention="blockwise") if attention == "cudnn" else model
+    model = resolve(model, topology.platform)
+    return replace(model, attention="blockwise") if model.attention == "cudnn" else model
 
 
 def _measure(plan: Plan, compiled: Any) -> None:
@@ -199,8 +200,8 @@ def _bytes(tree: Any) -> float:
     return float(sum(math.prod(shape) * width for shape, width in shards))
 
 
-def resolve(config: Config) -> Config:
-    """The config with what the data and the hardware would decide, without either.
+def without_data(config: Config) -> Config:
+    """The config with the vocabulary size that its tokenizer would have.
 
     Raises:
         UserError: the vocabulary is that of a text which only a run would read.
@@ -213,8 +214,7 @@ def resolve(config: Config) -> Config:
         raise UserError(
             f"a plan reads no data, and data.tokenizer={tokenizer!r} has no known size: --model.vocab_size N"
         )
-    dtype = "bfloat16" if model.dtype == "auto" else model.dtype
-    return replace(config, model=replace(model, vocab_size=model.vocab_size or known[tokenizer], dtype=dtype))
+    return replace(config, model=replace(model, vocab_size=model.vocab_size or known[tokenizer]))
 
 
 def search(config: Config, topology: Topology, report: Any) -> Plan:

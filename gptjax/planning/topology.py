@@ -69,6 +69,11 @@ class Topology:
         return peak
 
     @property
+    def platform(self) -> str:
+        """ "gpu" or "tpu", as JAX names it."""
+        return "gpu" if self.is_gpu else "tpu"
+
+    @property
     def is_gpu(self) -> bool:
         return self.kind in NODE_NETWORK
 

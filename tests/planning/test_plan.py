@@ -19,7 +19,7 @@ from gptjax.errors import UserError
 from gptjax.planning import plan as planning
 from gptjax.planning.hlo_cost import Program
 from gptjax.planning.page import to_json, to_text
-from gptjax.planning.plan import Moved, Plan, candidate_meshes, micro_steps, resolve, search
+from gptjax.planning.plan import Moved, Plan, candidate_meshes, micro_steps, search, without_data
 from gptjax.planning.topology import GPUS, TPUS, Topology, find_topology, slice_of
 from gptjax.sharding import AXES, make_mesh
 from gptjax.training import trace_train_step
@@ -100,11 +100,11 @@ def test_every_family_has_its_figures():
 
 
 def test_the_vocabulary_without_the_tokenizer():
-    model = resolve(GPT2).model
+    model = without_data(GPT2).model
     assert (model.vocab_size, model.padded_vocab_size, model.dtype) == (50257, 50304, "bfloat16")
-    assert resolve(replace(GPT2, data=DataConfig(tokenizer="bpe", vocab_size=512))).model.vocab_size == 512
+    assert without_data(replace(GPT2, data=DataConfig(tokenizer="bpe", vocab_size=512))).model.vocab_size == 512
     with pytest.raises(UserError, match="--model.vocab_size"):
-        resolve(replace(GPT2, data=DataConfig(tokenizer="char")))
+        without_data(replace(GPT2, data=DataConfig(tokenizer="char")))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def made(**changes):
     """A plan with round figures on 8 chips of v5e: 10 ms of products, 20 of HBM, 5 of links."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4, 1), AXES)
     topology = Topology("v5e:2x4", "TPU v5 lite", (2, 4), int(15.75 * 2**30), jax.devices())
-    config = replace(resolve(GPT2), mesh=MeshConfig(2, 4, 1))
+    config = replace(without_data(GPT2), mesh=MeshConfig(2, 4, 1))
     parts = {"parameters": 1.0 * 2**30, "optimizer": 2.0 * 2**30}
     rest = {"padding and batch": 0.0, "activations": 3.0 * 2**30, "temporary": 2.0 * 2**30, "program": 0.0}
     moved = [
@@ -199,7 +199,7 @@ def test_search_recommends_the_fastest_that_fits(monkeypatch, capsys):
 
     monkeypatch.setattr(planning, "make_plan", pretend)
     topology = made().topology
-    best = search(resolve(GPT2), topology, sys.stdout)
+    best = search(without_data(GPT2), topology, sys.stdout)
     # 0.010 + 0.02 / 8 is bound by HBM, 0.010 + 0.02 / 16 by the FLOPs of full remat
     assert (best.config.model.remat, 512 // best.config.train.accumulate // 8) == ("dots", 8)
     assert "--model.remat dots --train.accumulate 8" in capsys.readouterr().out
@@ -207,7 +207,7 @@ def test_search_recommends_the_fastest_that_fits(monkeypatch, capsys):
 
 
 def test_what_cannot_fit_is_not_tried():
-    config, topology = replace(resolve(GPT2), train=TrainConfig(batch_size=1024)), made().topology
+    config, topology = replace(without_data(GPT2), train=TrainConfig(batch_size=1024)), made().topology
     steps = list(micro_steps(config, MeshConfig(1, 8, 1), "none", topology))
     assert steps == sorted(steps) and steps[-1] == 128 and steps[0] > 1, "128 windows at a time are too many"
     seven = replace(config, model=replace(config.model, n_layer=32, n_embd=4096, n_head=32))
@@ -264,7 +264,7 @@ def test_what_does_not_fit_is_said_in_a_line(tpu):
 
 @pytest.mark.slow
 def test_no_whole_embedding_and_no_logits_travel(tpu):
-    config = replace(resolve(GPT2), mesh=MeshConfig(2, 4, 2), train=TrainConfig(batch_size=64))
+    config = replace(without_data(GPT2), mesh=MeshConfig(2, 4, 2), train=TrainConfig(batch_size=64))
     mesh = make_mesh(config.mesh, 64, 0, find_topology("v5e:4x4").devices)
     _, traced = trace_train_step(config, mesh)
     with jax.set_mesh(mesh):
