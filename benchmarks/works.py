@@ -62,7 +62,7 @@ def our_step(work: str, dtype: str) -> Work:
     from gptjax.sharding import batch_sharding, make_mesh
     from gptjax.training import compile_steps
 
-    model = resolve(model, jax.default_backend())
+    model = resolve(config.model, jax.default_backend())
     mesh = make_mesh(config.mesh, config.train.batch_size)
     steps = compile_steps(replace(config, model=model), mesh)
     state = steps.init()

@@ -36,7 +36,7 @@ def test_it_resumes_as_if_it_had_never_stopped(folder, state_of):
     """On the machine that wrote expected.npz, with XLA's usual optimization, the arrays are bit-equal.
 
     Another machine, or XLA without optimization as in these tests, may sum in another order. Float32's rounding (6e-8)
-    stays below the tolerances over four steps; a wrong batch, dropout mask or optimizer state differs in the first digit.
+    stays below the tolerances over four steps. A wrong batch, dropout mask or optimizer state shows in the first digit.
     """
     assert script("train.py")(["--resume", "--out_dir", "run", "--train.max_steps", "8", "--cpu_devices", "8"]) == 0
     step, trees = state_of(folder / "run")
