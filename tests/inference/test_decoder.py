@@ -11,8 +11,9 @@ import pytest
 from gptjax.config import ModelConfig
 from gptjax.inference import quantize as matrices
 from gptjax.inference.decoder import hidden, lay_out, logits
-from gptjax.inference.generate import Memory, Sampling, generate
+from gptjax.inference.generate import PrefixCache, generate
 from gptjax.inference.quantize import Int8, quantize
+from gptjax.inference.sampling import Sampling
 from gptjax.model import GPT
 
 GPT2 = ModelConfig(vocab_size=61, block_size=40, n_layer=3, n_head=2, n_embd=16, bias=True, dtype="float32")
@@ -41,7 +42,7 @@ def test_laid_out_parameters_give_the_same_logits_and_text(scramble, config):
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_a_memory_serves_laid_out_parameters_too(scramble, config):
-    params, memory, greedy = lay_out(scramble(config)), Memory(), Sampling(temperature=0.0)
+    params, memory, greedy = lay_out(scramble(config)), PrefixCache(), Sampling(temperature=0.0)
     for length in (4, 9, 20):
         texts = [
             np.concatenate(
