@@ -62,9 +62,9 @@ def our_step(work: str, dtype: str) -> Work:
     from gptjax.sharding import batch_sharding, make_mesh
     from gptjax.training import compile_steps
 
-    model = resolve(config.model, jax.default_backend())
+    config = replace(config, model=resolve(config.model, jax.default_backend()))
     mesh = make_mesh(config.mesh, config.train.batch_size)
-    steps = compile_steps(replace(config, model=model), mesh)
+    steps = compile_steps(config, mesh)
     state = steps.init()
     windows_ABW = jax.device_put(_windows(config)[None], batch_sharding(mesh))
 
@@ -155,9 +155,8 @@ def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
 
     from gptjax.hub.families import draw_params
     from gptjax.inference.decoder import lay_out
-    from gptjax.inference.generate import generate
+    from gptjax.inference.generate import Sampling, generate
     from gptjax.inference.quantize import quantize
-    from gptjax.inference.sampling import Sampling
 
     params = jax.jit(lambda: draw_params(config, 0))()
     if dtype == "bfloat16":

@@ -1,4 +1,7 @@
-"""Causal attention; shape suffixes as in model.py."""
+"""Causal attention: plain, with a KV cache, blockwise, and by the kernels of TPUs and GPUs.
+
+Shapes as in model.py. In blockwise attention P counts blocks and t is the position in one, so Q = t N / K there.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,12 +13,12 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gptjax.matmul import multiply
+from gptjax.matmul import matmul
 from gptjax.sharding import BATCH_AXES, mesh_in_use
 
-SPLASH_BLOCK = 1024  # queries and keys in a block of the TPU kernel, at most
-BLOCK = 256  # the same of blockwise attention
-LOW = -1e30  # a score that a later one makes nothing of; of -inf a block that is all masked would make nan
+SPLASH_BLOCK = 1024  # queries, and keys, in a block of the TPU kernel at most
+BLOCK = 256  # queries, and keys, in a block of blockwise attention at most
+MASKED = -1e30  # the score of a masked key; a block of nothing but -inf would give nan
 
 
 def causal_attention(
@@ -25,21 +28,20 @@ def causal_attention(
     dropout: Callable[[jax.Array], jax.Array] = lambda weights_BNTS: weights_BNTS,
     document_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q kᵀ / √H) v, where the query at a place sees the keys up to it, with documents those of its own alone.
+    """softmax(q kᵀ / √H) v, where a query attends to the keys up to its own position, within its document.
 
-    Query heads that follow each other share a key head, N / K of them. Scores and softmax are float32 whatever the
-    inputs are; the result and the gradients' products have the inputs' dtype. Sources: "Attention Is All You Need",
-    section 3.2.1; "GQA", 2.2.
+    Each group of N / K consecutive query heads shares a key head. Scores and softmax are float32; the result and the
+    gradients' matmuls have the inputs' dtype. Sources: "Attention Is All You Need", section 3.2.1; "GQA", 2.2.
     """
     (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
     q_BKQH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)
-    scores_BKQS = multiply(q_BKQH, jnp.moveaxis(k_BTKH, 1, 3), jnp.float32)
-    seen_bTS = jnp.tril(jnp.ones((1, T, T), bool))
+    scores_BKQS = matmul(q_BKQH, jnp.moveaxis(k_BTKH, 1, 3), jnp.float32)
+    visible_bTS = jnp.tril(jnp.ones((1, T, T), bool))
     if document_BT is not None:
-        seen_bTS &= document_BT[:, :, None] == document_BT[:, None]
-    scores_BNTS = jnp.where(seen_bTS[:, None], scores_BKQS.reshape(B, N, T, T) * H**-0.5, -jnp.inf)
+        visible_bTS &= document_BT[:, :, None] == document_BT[:, None]
+    scores_BNTS = jnp.where(visible_bTS[:, None], scores_BKQS.reshape(B, N, T, T) * H**-0.5, -jnp.inf)
     weights_BNTS = dropout(jax.nn.softmax(scores_BNTS).astype(v_BTKH.dtype))
-    y_BKQH = multiply(weights_BNTS.reshape(B, K, -1, T), jnp.moveaxis(v_BTKH, 1, 2))
+    y_BKQH = matmul(weights_BNTS.reshape(B, K, -1, T), jnp.moveaxis(v_BTKH, 1, 2))
     return jnp.moveaxis(y_BKQH.reshape(B, N, T, H), 1, 2)
 
 
@@ -49,16 +51,13 @@ def cached_attention(
     values_JHS: Float[Array, "J H S"],
     position_bT: Int[Array, "b T"],
 ) -> Float[Array, "B T N H"]:
-    """`causal_attention` of a cache, whose keys and values lie as their products read them.
-
-    The query at position p sees the keys 0 to p; Q are the N / K x T queries that share a key head.
-    """
+    """`causal_attention` over a KV cache: a query at position p attends to the keys 0 to p."""
     (B, T, N, H), (J, S, _) = q_BTNH.shape, keys_JSH.shape
     K = J // B
     q_JQH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3).reshape(J, -1, H)
     scores_JQS = jnp.einsum("JQH,JSH->JQS", q_JQH, keys_JSH, preferred_element_type=jnp.float32)
-    seen_bTS = position_bT[:, :, None] >= jnp.arange(S)[None, None]
-    scores_BNTS = jnp.where(seen_bTS[:, None], scores_JQS.reshape(B, N, T, S) * H**-0.5, -jnp.inf)
+    visible_bTS = position_bT[:, :, None] >= jnp.arange(S)[None, None]
+    scores_BNTS = jnp.where(visible_bTS[:, None], scores_JQS.reshape(B, N, T, S) * H**-0.5, -jnp.inf)
     weights_JQS = jax.nn.softmax(scores_BNTS).astype(values_JHS.dtype).reshape(J, -1, S)
     y_JQH = jnp.einsum("JQS,JHS->JQH", weights_JQS, values_JHS)
     return jnp.moveaxis(y_JQH.reshape(B, N, T, H), 1, 2)
@@ -71,11 +70,10 @@ def sequence_attention(
     v_BTKH: Float[Array, "B T K H"],
     document_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`causal_attention` of whole sequences without dropout, with never all of T x T scores in memory.
+    """`causal_attention` of whole sequences without dropout, which never holds all T x T scores.
 
-    kind "blockwise" is plain but for that, "splash" Pallas's kernel for TPUs ("FlashAttention-2" in blocks that the
-    mask leaves out where it can), "cudnn" NVIDIA's, which knows no documents. Each device has its rows and its heads:
-    the kernels know nothing of a mesh.
+    "blockwise" runs on any hardware, "splash" is Pallas's kernel for TPUs and "cudnn" NVIDIA's, which supports no
+    documents. Each device runs the kernel on its own rows and heads.
     """
     kernel = {"blockwise": _blockwise, "splash": _splash, "cudnn": _cudnn}[kind]
     if mesh_in_use().empty:
@@ -87,16 +85,13 @@ def sequence_attention(
 
 
 def _blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, document_BT: Any) -> jax.Array:
-    """The pairs of a block of queries and a block of keys that causality leaves, one after the other.
-
-    In blocks' names P counts them, t is the place in one, and Q are the N / K x t queries that share a key head.
-    """
+    """ "FlashAttention-2" in JAX: a loop over the pairs of a query block and a key block that are not masked whole."""
     (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
     size = min(BLOCK, T)
-    padding = -T % size  # behind all queries, so that none sees it
+    padding = -T % size  # after all queries, so the causal mask hides it
 
     def blocks(x: jax.Array) -> jax.Array:
-        """[B, T, ...] as [P, B, ..., t]; features stay last."""
+        """[B, T, ...] as [P, B, ..., t], with features still last."""
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), (1, 2), (0, max(2, x.ndim - 1)))
 
@@ -113,16 +108,16 @@ def _attend_blocks(q_PBKQH: Any, k_PBKtH: Any, v_PBKtH: Any, document_PBt: Any) 
 
 
 def _block_scores(arrays: Any, i: Any, j: Any) -> jax.Array:
-    """Scores of the queries of block i by the keys of block j, very low where the one does not see the other."""
+    """Scores of the queries of block i with the keys of block j, MASKED where a query does not attend to a key."""
     q_PBKQH, k_PBKtH, _, document_PBt = arrays
-    place_t = jnp.arange(k_PBKtH.shape[3])
-    n_sharing = q_PBKQH.shape[3] // len(place_t)  # query heads that share a key head
-    place_Q = jnp.tile(place_t, n_sharing)
-    seen_1Qt = ((i - j) * len(place_t) + place_Q[:, None] >= place_t[None])[None]
+    position_t = jnp.arange(k_PBKtH.shape[3])
+    n_sharing = q_PBKQH.shape[3] // len(position_t)  # query heads that share a key head
+    position_Q = jnp.tile(position_t, n_sharing)
+    visible_1Qt = ((i - j) * len(position_t) + position_Q[:, None] >= position_t[None])[None]
     if document_PBt is not None:
-        seen_1Qt &= jnp.tile(document_PBt[i], (1, n_sharing))[:, :, None] == document_PBt[j][:, None]
-    scores_BKQt = multiply(q_PBKQH[i], k_PBKtH[j].mT, jnp.float32)
-    return jnp.where(seen_1Qt[:, None], scores_BKQt * q_PBKQH.shape[-1] ** -0.5, LOW)
+        visible_1Qt &= jnp.tile(document_PBt[i], (1, n_sharing))[:, :, None] == document_PBt[j][:, None]
+    scores_BKQt = matmul(q_PBKQH[i], k_PBKtH[j].mT, jnp.float32)
+    return jnp.where(visible_1Qt[:, None], scores_BKQt * q_PBKQH.shape[-1] ** -0.5, MASKED)
 
 
 def _attend_forward(*arrays: Any) -> Any:
@@ -130,25 +125,25 @@ def _attend_forward(*arrays: Any) -> Any:
     q_PBKQH, _, v_PBKtH, _ = arrays
 
     def pair(carry: Any, ij: Any) -> Any:
-        (most, total, y), (i, j) = carry, ij
+        (maximum, total, y), (i, j) = carry, ij
         scores_BKQt = _block_scores(arrays, i, j)
-        most_BKQ = jnp.maximum(most[i], jnp.max(scores_BKQt, axis=-1))
-        weights_BKQt = jnp.exp(scores_BKQt - most_BKQ[..., None])
-        kept_BKQ = jnp.exp(most[i] - most_BKQ)
-        part_BKQH = multiply(weights_BKQt.astype(v_PBKtH.dtype), v_PBKtH[j], jnp.float32)
+        max_BKQ = jnp.maximum(maximum[i], jnp.max(scores_BKQt, axis=-1))
+        weights_BKQt = jnp.exp(scores_BKQt - max_BKQ[..., None])
+        kept_BKQ = jnp.exp(maximum[i] - max_BKQ)
+        part_BKQH = matmul(weights_BKQt.astype(v_PBKtH.dtype), v_PBKtH[j], jnp.float32)
         total_BKQ = total[i] * kept_BKQ + jnp.sum(weights_BKQt, axis=-1)
         y_BKQH = y[i] * kept_BKQ[..., None] + part_BKQH
-        return (most.at[i].set(most_BKQ), total.at[i].set(total_BKQ), y.at[i].set(y_BKQH)), None
+        return (maximum.at[i].set(max_BKQ), total.at[i].set(total_BKQ), y.at[i].set(y_BKQH)), None
 
     rows = q_PBKQH.shape[:-1]
-    start = (jnp.full(rows, LOW), jnp.zeros(rows), jnp.zeros(q_PBKQH.shape))
-    (most, total, y), _ = jax.lax.scan(pair, start, _pairs(len(q_PBKQH)))
+    start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q_PBKQH.shape))
+    (maximum, total, y), _ = jax.lax.scan(pair, start, _pairs(len(q_PBKQH)))
     y_PBKQH = (y / total[..., None]).astype(q_PBKQH.dtype)
-    return y_PBKQH, (arrays, y_PBKQH, most + jnp.log(total))
+    return y_PBKQH, (arrays, y_PBKQH, maximum + jnp.log(total))
 
 
 def _attend_backward(kept: Any, dy_PBKQH: Any) -> Any:
-    """ "FlashAttention-2", algorithm 2: each pair's weights once more, from the logarithm of their sum."""
+    """ "FlashAttention-2", algorithm 2: each pair's weights again, from the logarithm of their sum."""
     arrays, y_PBKQH, log_total = kept
     q_PBKQH, k_PBKtH, v_PBKtH, _ = arrays
     scale, dtype = q_PBKQH.shape[-1] ** -0.5, q_PBKQH.dtype
@@ -157,11 +152,11 @@ def _attend_backward(kept: Any, dy_PBKQH: Any) -> Any:
     def pair(carry: Any, ij: Any) -> Any:
         (dq, dk, dv), (i, j) = carry, ij
         weights = jnp.exp(_block_scores(arrays, i, j) - log_total[i][..., None])
-        dv = dv.at[j].add(multiply(weights.astype(dtype).mT, dy_PBKQH[i], jnp.float32))
-        dweights = multiply(dy_PBKQH[i], v_PBKtH[j].mT, jnp.float32)
+        dv = dv.at[j].add(matmul(weights.astype(dtype).mT, dy_PBKQH[i], jnp.float32))
+        dweights = matmul(dy_PBKQH[i], v_PBKtH[j].mT, jnp.float32)
         dscores = (weights * (dweights - along_PBKQ[i][..., None]) * scale).astype(dtype)
-        dk = dk.at[j].add(multiply(dscores.mT, q_PBKQH[i], jnp.float32))
-        return (dq.at[i].add(multiply(dscores, k_PBKtH[j], jnp.float32)), dk, dv), None
+        dk = dk.at[j].add(matmul(dscores.mT, q_PBKQH[i], jnp.float32))
+        return (dq.at[i].add(matmul(dscores, k_PBKtH[j], jnp.float32)), dk, dv), None
 
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in arrays[:3]]
     gradients, _ = jax.lax.scan(pair, tuple(zeros), _pairs(len(q_PBKQH)))

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, checked where they are built, and the command line made from them."""
+"""The configuration of a run: frozen dataclasses whose fields are validated when they are built."""
 
 import dataclasses
 import json
@@ -6,30 +6,34 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from gptjax.errors import UserError
 
 
-def option(default: Any, help: str, *, free_on_resume: bool = False, architecture: bool = True) -> Any:
-    """A config field with its default and the sentence that `--help` prints.
+def option(default: Any, help: str, **notes: bool) -> Any:
+    """A config field with its default and its `--help` text.
 
-    `free_on_resume`: a resumed run may change it, as it does not change what a step computes (but for rounding).
-    `architecture`: of a model field, whether a checkpoint determines it; what is false is the run's own choice.
+    Notes are `free_on_resume` (a resumed run may change the field, since it changes no step's result up to rounding)
+    and, for model fields, `architecture` (the weights determine the field; if false each run chooses it).
     """
-    return field(
-        default=default, metadata={"help": help, "free_on_resume": free_on_resume, "architecture": architecture}
-    )
+    return field(default=default, metadata={"help": help, "free_on_resume": False, "architecture": True} | notes)
+
+
+free = partial(option, free_on_resume=True)
+chosen = partial(option, architecture=False)
+chosen_free = partial(option, architecture=False, free_on_resume=True)
 
 
 def argument(help: str, many: bool = False) -> Any:
-    """A field that the command line gives by its place, without a name; the empty default never shows."""
+    """A positional argument of the command line; `many` takes one or more. The empty default is never used."""
     return field(default=() if many else "", metadata={"help": help, "positional": True})
 
 
 class Section:
-    """Checks every field's type where a section is built: by a file, by the command line or from JSON alike."""
+    """A dataclass that checks its fields' types, then `validate`s them, wherever it is built from."""
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
@@ -37,7 +41,7 @@ class Section:
         self.validate()
 
     def validate(self) -> None:
-        """Raise `UserError` where the values do not fit together."""
+        """Raise `UserError` where values are out of range or inconsistent."""
 
     def require(self, condition: bool, name: str, complaint: str) -> None:
         """Raise `UserError` that names the field as the command line does: `model.n_embd=100 ...`."""
@@ -49,22 +53,19 @@ class Section:
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    source: str = option(
+    source: str = free(
         "shakespeare",
         "'shakespeare' (the complete plays, bundled), a UTF-8 text file, a folder of them, a URL, "
         "or a folder of token files (nanoGPT's train.bin and val.bin, or llm.c's shards), also at gs:// or s3://",
-        free_on_resume=True,
     )
-    tokenizer: str = option(
-        "char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json", free_on_resume=True
-    )
-    vocab_size: int = option(4096, "tokens that a 'bpe' tokenizer learns")
-    val_fraction: float = option(0.1, "the part of the text, at its end, that validates")
+    tokenizer: str = free("char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json")
+    vocab_size: int = option(4096, "size of the vocabulary that a 'bpe' tokenizer learns")
+    val_fraction: float = option(0.1, "fraction of the text, at its end, for validation")
     order: Literal["random", "epoch"] = option(
         "random", "'random' windows, or 'epoch': every window once per epoch, shuffled"
     )
-    sha256: str | None = option(None, "checksum that a download must have", free_on_resume=True)
-    dir: str = option("data", "folder for prepared token files and downloads", free_on_resume=True)
+    sha256: str | None = free(None, "SHA-256 that a download must have")
+    dir: str = free("data", "folder for token files and downloads")
 
     def validate(self) -> None:
         self.require(self.vocab_size >= 257, "vocab_size", "is less than 257: 256 bytes and the end-of-text token")
@@ -76,73 +77,59 @@ LINEAR_LAYERS = ("query", "key", "value", "out", "up", "gate", "down")
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    vocab_size: int = option(0, "distinct tokens; 0: as many as the tokenizer has")
-    block_size: int = option(256, "context length in tokens", architecture=False)
+    vocab_size: int = option(0, "size of the vocabulary; 0: the tokenizer's")
+    block_size: int = chosen(256, "context length in tokens")
     n_layer: int = option(6, "transformer blocks")
     n_head: int = option(6, "attention heads; n_embd is split evenly over them")
-    n_embd: int = option(384, "width of the residual stream")
+    n_embd: int = option(384, "width of the residual stream (model width)")
     n_kv_head: int = option(0, "key and value heads, each shared by a group of attention heads; 0: n_head")
-    mlp_width: int = option(0, "features inside an MLP; 0: 4 n_embd")
+    mlp_width: int = option(0, "width of an MLP's hidden layer; 0: 4 n_embd")
     activation: Literal["gelu_tanh", "gelu_erf", "swiglu", "relu2"] = option(
-        "gelu_tanh", "of the MLP: GELU in GPT-2's tanh form or nanoGPT's exact one, SwiGLU as in Llama, or ReLU squared"
+        "gelu_tanh", "of the MLP: GPT-2's tanh form of GELU, the exact GELU of nanoGPT, SwiGLU (Llama), or ReLU squared"
     )
     norm: Literal["layernorm", "rmsnorm", "nonparametric_rmsnorm"] = option(
-        "layernorm", "LayerNorm as in GPT-2, or RMSNorm: with weights as in Llama, or without"
+        "layernorm", "LayerNorm (GPT-2), RMSNorm (Llama), or RMSNorm without weights"
     )
-    norm_eps: float = option(1e-5, "added to the variance, or to the mean square")
-    position: Literal["learned", "rope"] = option("learned", "learned embeddings, or rotary ones as in Llama")
-    rope_theta: float = option(10_000.0, "rope: the base of its wavelengths")
-    rope_factor: float = option(1.0, "rope: how far Llama 3's scaling stretches long wavelengths; 1: not at all")
-    rope_original_block_size: int = option(8192, "rope: the context length before that stretching")
-    qk_norm: bool = option(False, "each head's queries and keys are divided by their root mean square")
-    embedding_norm: bool = option(False, "embeddings are divided by their root mean square before the first block")
-    logit_cap: float = option(0.0, "logits x become logit_cap tanh(x / logit_cap); 0: as they are")
-    bias: bool = option(False, "biases in linear layers and LayerNorms, as GPT-2 has them")
-    qkv_bias: bool = option(False, "biases in queries, keys and values alone, as Qwen2.5 has them")
-    tied_head: bool = option(True, "the output head is the token embedding; false: a matrix of its own")
-    lora_rank: int = option(
-        0, "train low-rank updates of linear layers and freeze all else; 0: train everything", architecture=False
+    norm_eps: float = option(1e-5, "epsilon of the norms")
+    position: Literal["learned", "rope"] = option(
+        "learned", "learned position embeddings (GPT-2), or rotary ones (Llama)"
     )
-    lora_alpha: float = option(16.0, "LoRA: updates are scaled by lora_alpha / lora_rank", architecture=False)
-    lora_layers: str = option(",".join(LINEAR_LAYERS), "LoRA: the linear layers that have updates", architecture=False)
-    dropout: float = option(
-        0.0,
-        "dropout on the embedding, the attention weights and both residual branches, rounded to 256ths",
-        architecture=False,
+    rope_theta: float = option(10_000.0, "rope: base of the wavelengths")
+    rope_factor: float = option(1.0, "rope: factor by which Llama 3's scaling stretches long wavelengths; 1: none")
+    rope_original_block_size: int = option(8192, "rope: context length before that scaling")
+    qk_norm: bool = option(False, "normalize each head's queries and keys by RMSNorm without weights")
+    embedding_norm: bool = option(False, "normalize the embeddings by RMSNorm without weights before the first block")
+    logit_cap: float = option(0.0, "cap logits x to logit_cap tanh(x / logit_cap); 0: no cap")
+    bias: bool = option(False, "biases in linear layers and LayerNorms, as in GPT-2")
+    qkv_bias: bool = option(False, "biases in queries, keys and values only, as in Qwen2.5")
+    tied_head: bool = option(True, "use the token embedding as the output head; false: separate weights")
+    lora_rank: int = chosen(
+        0, "LoRA: rank of the updates of linear layers, which alone are trained; 0: train all parameters"
     )
-    attention_dropout: float | None = option(
-        None,
-        "dropout's rate for the attention weights alone; 0 allows attention that is not plain; none: as dropout",
-        architecture=False,
+    lora_alpha: float = chosen(16.0, "LoRA: updates are scaled by lora_alpha / lora_rank")
+    lora_layers: str = chosen(",".join(LINEAR_LAYERS), "LoRA: linear layers that have updates, separated by commas")
+    dropout: float = chosen(
+        0.0, "dropout rate of the embedding, the attention weights and both residual branches, rounded to 256ths"
     )
-    separator: int | None = option(
-        None,
-        "token that begins a document (GPT-2's: 50256); in training attention does not look back past it",
-        architecture=False,
+    attention_dropout: float | None = chosen(
+        None, "dropout rate of the attention weights; 0 allows attention other than plain; none: dropout"
     )
-    attention: Literal["auto", "plain", "blockwise", "splash", "cudnn"] = option(
+    separator: int | None = chosen(
+        None, "id of the token between documents (GPT-2's: 50256): in training attention does not cross it"
+    )
+    attention: Literal["auto", "plain", "blockwise", "splash", "cudnn"] = chosen_free(
         "auto",
-        "in training: plain, blockwise (less memory, on any hardware), Pallas's kernel for TPUs or cuDNN's for GPUs; "
-        "auto: the hardware's where it can, else blockwise where the context is long",
-        architecture=False,
-        free_on_resume=True,
+        "in training: plain, blockwise (less memory, any hardware), Pallas's splash kernel (TPU) or cuDNN's (GPU); "
+        "auto: the hardware's kernel where it supports the model, else blockwise for long contexts",
     )
-    layers: Literal["auto", "unrolled", "looped"] = option(
-        "auto",
-        "in training: one after another, or a loop that compiles faster; auto: unrolled on CPU",
-        architecture=False,
-        free_on_resume=True,
+    layers: Literal["auto", "unrolled", "looped"] = chosen_free(
+        "auto", "in training: unrolled, or a loop, which compiles faster; auto: unrolled on CPU"
     )
-    remat: Literal["none", "dots", "full"] = option(
-        "none",
-        "computed again in the backward pass to save memory: nothing, all but matrix products, or whole layers",
-        architecture=False,
-        free_on_resume=True,
+    remat: Literal["none", "dots", "full"] = chosen_free(
+        "none", "recompute in the backward pass to save memory: nothing, all but matmuls, or whole layers"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto",
-        "of activations; auto: bfloat16 on TPU, GPU and CPUs that multiply it faster, else float32",
-        architecture=False,
+    dtype: Literal["auto", "float32", "bfloat16"] = chosen(
+        "auto", "of activations; auto: bfloat16 on TPU, GPU and, from jax 0.12 on, CPUs that support it, else float32"
     )
 
     def validate(self) -> None:
@@ -177,7 +164,7 @@ class ModelConfig(Section):
 
     @property
     def attention_rate(self) -> float:
-        """Of dropout on the attention weights."""
+        """The dropout rate of the attention weights."""
         return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @property
@@ -199,29 +186,31 @@ class ModelConfig(Section):
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: from 1,024 tokens on a multiple of 128, for the hardware's tiles and for sharding."""
+        """Rows of the embedding: from 1,024 on a multiple of 128, for the hardware's tiles and for sharding."""
         return self.vocab_size if self.vocab_size < 1024 else -(-self.vocab_size // 128) * 128
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-    learning_rate: float = option(1e-3, "at the end of the warm-up")
-    min_learning_rate: float = option(1e-4, "at the end of the decay and after it")
+    learning_rate: float = option(1e-3, "learning rate at the end of the warm-up")
+    min_learning_rate: float = option(1e-4, "learning rate from the end of the decay on")
     schedule: Literal["cosine", "linear"] = option(
-        "cosine", "after the warm-up: a cosine, or constant and then linear (warmup-stable-decay)"
+        "cosine", "decay after the warm-up: cosine, or constant and then linear (warmup-stable-decay)"
     )
     warmup_steps: int = option(100, "steps of linear warm-up")
-    decay_steps: int | None = option(None, "step at which the decay ends; none: train.max_steps", free_on_resume=True)
-    decay_fraction: float = option(0.5, "linear: the part of decay_steps, at its end, that decays")
-    beta1: float = option(0.9, "AdamW's decay of the mean of gradients")
-    beta2: float = option(0.99, "AdamW's decay of the mean of squared gradients")
-    weight_decay: float = option(0.1, "AdamW's decay of matrices; biases and LayerNorms have none")
+    decay_steps: int | None = free(None, "step at which the decay ends; none: train.max_steps")
+    decay_fraction: float = option(0.5, "linear: fraction of decay_steps, at their end, in which the rate decays")
+    beta1: float = option(0.9, "AdamW: decay of the mean of gradients")
+    beta2: float = option(0.99, "AdamW: decay of the mean of squared gradients")
+    weight_decay: float = option(0.1, "AdamW: weight decay of kernels and embeddings; biases and norms have none")
     matrix_optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "of the blocks' matrices: AdamW as for all else, or Muon"
+        "adamw", "optimizer of the blocks' kernels; all other parameters have AdamW"
     )
-    muon_learning_rate: float = option(0.02, "Muon's at the end of the warm-up; it follows the shape of learning_rate")
-    muon_weight_decay: float = option(0.0, "Muon's decay of its matrices")
-    grad_clip: float = option(1.0, "largest global norm of the gradient; 0: no clipping")
+    muon_learning_rate: float = option(
+        0.02, "Muon: learning rate at the end of the warm-up, with the schedule of learning_rate"
+    )
+    muon_weight_decay: float = option(0.0, "Muon: weight decay")
+    grad_clip: float = option(1.0, "clip the gradient to this global norm; 0: no clipping")
 
     def validate(self) -> None:
         for name in ("learning_rate", "muon_learning_rate"):
@@ -238,21 +227,19 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    max_steps: int = option(2000, "optimizer steps", free_on_resume=True)
-    batch_size: int = option(12, "windows of block_size tokens in one optimizer step, over all devices and micro-steps")
-    accumulate: int = option(1, "micro-steps that one step's batch is split into, to save memory")
-    eval_interval: int = option(250, "steps between evaluations", free_on_resume=True)
-    eval_batches: int = option(
-        0,
-        "validation batches in an evaluation; 0: the whole split, each token once; 4 at most before the first step",
-        free_on_resume=True,
+    max_steps: int = free(2000, "optimizer steps")
+    batch_size: int = option(
+        12, "windows of block_size tokens in one optimizer step, on all devices and in all micro-steps"
     )
-    save_interval: int = option(250, "steps between checkpoints; the last step is always saved", free_on_resume=True)
-    log_interval: int = option(10, "steps between rows of metrics.csv", free_on_resume=True)
-    patience: int = option(
-        0, "stop after so many evaluations without a better validation loss; 0: never", free_on_resume=True
+    accumulate: int = option(1, "gradient accumulation: micro-steps into which a step's batch is split, to save memory")
+    eval_interval: int = free(250, "steps between evaluations")
+    eval_batches: int = free(
+        0, "validation batches in an evaluation; 0: the whole split, each token once; at most 4 before the first step"
     )
-    seed: int = option(1337, "of initialization, batches and dropout")
+    save_interval: int = free(250, "steps between checkpoints; the last step is always saved")
+    log_interval: int = free(10, "steps between rows of metrics.csv")
+    patience: int = free(0, "stop after this many evaluations without a better validation loss; 0: never")
+    seed: int = option(1337, "random seed of initialization, batches and dropout")
 
     def validate(self) -> None:
         for name in ("max_steps", "batch_size", "accumulate", "eval_interval", "save_interval", "log_interval"):
@@ -263,24 +250,27 @@ class TrainConfig(Section):
         divides = f"does not divide into train.accumulate={self.accumulate} equal micro-steps"
         self.require(self.batch_size % self.accumulate == 0, "batch_size", divides)
 
+    def evaluates(self, step: int) -> bool:
+        """Whether the run evaluates after this step."""
+        return step % self.eval_interval == 0 or step == self.max_steps
+
 
 @dataclass(frozen=True)
 class MeshConfig(Section):
-    data: int = option(-1, "devices over which a batch is split; -1: the rest", free_on_resume=True)
-    fsdp: int = option(
+    data: int = free(-1, "devices that split the batch (data parallel); -1: all that remain")
+    fsdp: int = free(
         0,
-        "devices over which a batch, parameters and optimizer state are split; -1: the rest; 0: 1, or where the state "
-        "would then fill more than half of a device's memory, the rest",
-        free_on_resume=True,
+        "devices that split batch, parameters and optimizer state; -1: all that remain; 0: 1, or "
+        "all that remain where the state would fill more than half of a device's memory",
     )
-    tensor: int = option(1, "devices over which heads, MLP and vocabulary are split", free_on_resume=True)
+    tensor: int = free(1, "devices that split heads, MLP and vocabulary (tensor parallel)")
 
     def validate(self) -> None:
         for name in ("data", "fsdp", "tensor"):
             known = getattr(self, name) >= 1 or getattr(self, name) == -1 or (name == "fsdp" and self.fsdp == 0)
             self.require(known, name, "is neither positive nor -1")
         rest = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
-        self.require(len(rest) <= 1, rest[-1] if rest else "data", "is the second -1: only one axis can be the rest")
+        self.require(len(rest) <= 1, rest[-1] if rest else "data", "is the second -1: only one axis can take the rest")
 
 
 @dataclass(frozen=True)
@@ -300,7 +290,7 @@ class Config(Section):
 
     def validate(self) -> None:
         idle = self.optimizer.matrix_optimizer == "muon" and self.model.lora_rank > 0
-        self.optimizer.require(not idle, "matrix_optimizer", "trains no updates of LoRA's: pass adamw")
+        self.optimizer.require(not idle, "matrix_optimizer", "does not train LoRA's updates: pass adamw")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -310,7 +300,7 @@ class Config(Section):
         """The config that `to_json` wrote to `path`.
 
         Raises:
-            UserError: there is none, or it is not one.
+            UserError: the file is missing or damaged, or has fields that this version does not know.
         """
         try:
             sections = json.loads(path.read_text())
@@ -361,7 +351,7 @@ def type_name(hint: Any) -> str:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Each field's value by the name that the command line gives it, as "train.max_steps"."""
+    """Every field's value by its command-line name, "train.max_steps"."""
     flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
         flat |= {f"{name}.{field}": v for field, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -369,7 +359,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def field_metadata(name: str) -> Mapping[str, Any]:
-    """What `option` notes of the field that the command line calls `name`."""
+    """The metadata of a field by its command-line name, "train.max_steps"."""
     section, _, field = name.rpartition(".")
     fields: dict[str, dataclasses.Field[Any]] = vars(SECTIONS[section] if section else Config)["__dataclass_fields__"]
     return fields[field].metadata

@@ -1,4 +1,4 @@
-"""The training loop: a run from its first step, or from where it stopped, to its report."""
+"""The training loop: a run from its first step, or from its last checkpoint, to its report."""
 
 import math
 from collections.abc import Callable
@@ -26,12 +26,12 @@ from gptjax.run_dir import require_resumable
 from gptjax.sharding import batch_sharding, make_mesh, memory
 from gptjax.training import Steps, TrainState, compile_steps, state_bytes
 
-FIRST_BATCHES = 4  # of the evaluation before the first step of random weights
+FIRST_BATCHES = 4  # in the evaluation of random weights, which predict no part of the split better than another
 
 
 @dataclass
 class Progress:
-    """What a run remembers beside its arrays; saved with every checkpoint."""
+    """The state of a run outside of its arrays, saved with every checkpoint."""
 
     data: str  # the fingerprint of its tokens
     seconds: float = 0.0
@@ -40,7 +40,7 @@ class Progress:
 
 
 class Run(NamedTuple):
-    """What stays the same from a run's first step to its last."""
+    """The parts of a run that do not change from step to step."""
 
     config: Config
     folder: Path
@@ -53,7 +53,7 @@ class Run(NamedTuple):
 
 @runtime_checkable
 class InitialWeights(Protocol):
-    """What a run needs of the weights that it starts from (`gptjax.hub.init_from.PretrainedWeights`)."""
+    """The weights that a run starts from, as `gptjax.hub.init_from.PretrainedWeights` gives them."""
 
     def require_fit(self, dataset: Dataset, run_dir: Path) -> None: ...
     def copy_side_files(self, run_dir: Path) -> None: ...
@@ -70,12 +70,12 @@ def train(
 ) -> int:
     """Train, evaluate, save and report; return the exit code, 0 or 128 + the signal that stopped the run.
 
-    A new run starts from `weights`, if given, else from random ones. `sample` gives the text of a finished run's report
-    from its folder.
+    A new run starts from `weights`, by default random ones. `sample` gives a text from a finished run's folder, for the
+    report.
 
     Raises:
-        UserError: the config does not fit the data, the devices or the run that is to be resumed; the loss diverged;
-            a checkpoint cannot be read or written.
+        UserError: the config does not fit the data, the devices or the run to resume; the loss diverged; a checkpoint
+            cannot be read or written.
     """
     saved = Config.from_json(run_dir / "config.json") if resume else None
     dataset = distributed.after_first("data", lambda: load_dataset(config.data))
@@ -86,147 +86,22 @@ def train(
     config = replace(config, model=replace(config.model, dtype=model.dtype))
     distributed.require_same("config", {"data": dataset.fingerprint(), "jax": jax.__version__} | flat(config))
     mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate, state_bytes(config))
-    config = replace(config, mesh=MeshConfig(**mesh.shape))  # what a resumed run needs to be the same bit for bit
+    config = replace(config, mesh=MeshConfig(**mesh.shape))  # a resumed run on this mesh is equal bit for bit
+    if saved:
+        require_resumable(saved, config)
     with ExitStack() as stack:
-        if saved:
-            require_resumable(saved, config)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        distributed.require_shared(run_dir)
-        latest, best = [
-            stack.enter_context(closing(Checkpoints(run_dir / "checkpoints" / name))) for name in ("latest", "best")
-        ]
-        distributed.require_same("checkpoints", {"resume": resume, "latest": latest.step, "best": best.step})
-        if not resume:
-            best.drop_after(-1)  # of a run that was killed before it saved its state
-        peak = _peak(mesh, config.model.dtype)  # before anything compiles beside it
-        steps = compile_steps(
-            replace(config, model=model), mesh, ahead=not (resume or weights)
-        )  # else weights come first
+        latest, best = _checkpoints(run_dir, resume, stack)
+        peak = _peak(mesh, model.dtype)  # before anything is compiled beside it
+        # Compiled ahead, unless weights are loaded first.
+        steps = compile_steps(replace(config, model=model), mesh, ahead=not resume and weights is None)
         run = Run(config, run_dir, dataset, mesh, steps, latest, best)
         stop = stack.enter_context(StopSignal(mesh))
         state, progress = _resume(run) if resume else (_start(run, weights), Progress(dataset.fingerprint()))
-        weights = None  # or its parameters would stay
+        weights = None  # frees the parameters that it may hold
         if int(state.step) >= config.train.max_steps:
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
             return 0
-        if distributed.is_first():
-            write_atomically(run_dir / "config.json", config.to_json())
-            write_atomically(run_dir / "tokenizer.json", dataset.tokenizer.to_json())
-        flops_per_token = _introduce(run, int(state.step), peak)
-        metrics = Metrics(run_dir, config, int(state.step), progress.seconds, flops_per_token, peak)
-        with metrics:
-            step = _loop(run, state, progress, metrics, stop)
-    if stop.agreed and step < config.train.max_steps:
-        print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run_dir}")
-        return 128 + stop.agreed
-    if distributed.is_first():
-        _report(run, flops_per_token / peak, sample)
-    return 0
-
-
-def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, stop: StopSignal) -> int:
-    """From `state` to the last step, or the one after which the run is told or decides to stop; that step."""
-    options, step = run.config.train, int(state.step)
-    finished = False
-    if step == 0:
-        _evaluate(run, state, progress, metrics)
-    with closing(batches.prefetch(_batch_maker(run), range(step, options.max_steps))) as stream:
-        while not (finished or stop.agree()):
-            windows = next(stream)
-            step += 1
-            distributed.at_step(step)
-            state, step_metrics = run.steps.train(state, windows)
-            metrics.add(step, step_metrics)
-            finished = step == options.max_steps
-            if finished or step % options.eval_interval == 0:
-                finished |= _evaluate(run, state, progress, metrics)
-            if step % options.save_interval == 0:
-                _save(run, state, progress, metrics)
-    metrics.flush(last=True)
-    if run.latest.step != step:
-        _save(run, state, progress, metrics)
-    run.latest.wait()
-    run.best.wait()
-    return step
-
-
-def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> bool:
-    """Validate, keep the parameters if they are best so far, past step 0 redraw loss.png; whether patience ran out."""
-    metrics.flush()
-    with metrics.pause("evaluating"):
-        step, options = metrics.step, run.config.train
-        first = step == 0 and run.config.init_from is None  # random weights know nothing of any part of the split
-        some = min(FIRST_BATCHES, options.eval_batches or FIRST_BATCHES)
-        val_loss = validation_loss(run, state.params, some if first else None)
-    metrics.row(val_loss)
-    with metrics.pause("drawing"):
-        better = val_loss < progress.best_val_loss
-        if better:
-            progress.best_step, progress.best_val_loss = step, val_loss
-            run.best.save(step, asdict(progress), params=state.params)
-        metrics.print(f"step {step:,}: validation loss {val_loss:.4f}" + (", the best so far" if better else ""))
-        if distributed.is_first() and step:
-            report.plot_losses(run.folder / "metrics.csv", run.folder / "loss.png", title=run.folder.name)
-    return bool(options.patience) and step - progress.best_step >= options.patience * options.eval_interval
-
-
-def _save(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> None:
-    metrics.flush()
-    with metrics.pause("saving"):
-        progress.seconds = metrics.seconds
-        run.latest.save(metrics.step, asdict(progress), params=state.params, opt_state=state.opt_state)
-
-
-def validation_loss(run: Run, params: Any, n_batches: int | None = None) -> float:
-    """Mean nats per token: over n_batches (none: eval_batches) spread evenly, 0: over the split, each token once."""
-    tokens, options, block_size = run.dataset.val, run.config.train, run.config.model.block_size
-    rows, n_batches = options.batch_size // options.accumulate, options.eval_batches if n_batches is None else n_batches
-    starts = batches.sequential_starts(len(tokens), block_size)
-    if 0 < n_batches * options.batch_size < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, n_batches * options.batch_size).astype(int)]
-    starts = np.append(starts, np.full(-len(starts) % rows, len(tokens)))  # windows past the end: nothing counts
-
-    def put(i: int) -> jax.Array:
-        return _put_windows(run, tokens, starts[None, i * rows : (i + 1) * rows])
-
-    sums = [run.steps.evaluate(params, windows) for windows in batches.prefetch(put, range(len(starts) // rows))]
-    nats, n_targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
-    return float(nats / n_targets)
-
-
-def _batch_maker(run: Run) -> Callable[[int], jax.Array]:
-    options, tokens = run.config.train, run.dataset.train
-
-    def make(step: int) -> jax.Array:
-        starts_B = batches.starts(
-            len(tokens),
-            block_size=run.config.model.block_size,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            step=step,
-            order=run.config.data.order,
-        )
-        return _put_windows(run, tokens, starts_B.reshape(options.accumulate, -1))
-
-    return make
-
-
-def _put_windows(run: Run, tokens: Tokens, starts_AB: np.ndarray) -> jax.Array:
-    """The windows on the mesh; this process reads those of its own devices alone."""
-    model, split = run.config.model, batch_sharding(run.mesh)
-    shape = (*starts_AB.shape, model.block_size + 1)
-    of_devices = split.addressable_devices_indices_map(shape).values()
-    parts = sorted({index[1].indices(shape[1])[:2] for index in of_devices if index})
-    rows = np.concatenate([np.arange(start, stop) for start, stop in parts])
-    windows = batches.windows(tokens, np.take(starts_AB, rows, axis=1).ravel(), model.block_size, model.vocab_size)
-    windows_ABW = windows.reshape(len(starts_AB), len(rows), -1)
-
-    def part(index: Any) -> np.ndarray:
-        start, stop, _ = index[1].indices(shape[1])
-        place = int(np.searchsorted(rows, start))
-        return windows_ABW[:, place : place + stop - start]
-
-    return jax.make_array_from_callback(shape, split, part)
+        return _train_and_report(run, state, progress, peak, stop, sample)
 
 
 def fit_to_data(config: Config, dataset: Dataset, saved: Config | None = None) -> Config:
@@ -249,6 +124,19 @@ def fit_to_data(config: Config, dataset: Dataset, saved: Config | None = None) -
     return replace(config, model=model)
 
 
+def _checkpoints(run_dir: Path, resume: bool, stack: ExitStack) -> list[Checkpoints]:
+    """The run's latest and best checkpoints, on a folder that all processes share."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    distributed.require_shared(run_dir)
+    latest, best = [
+        stack.enter_context(closing(Checkpoints(run_dir / "checkpoints" / name))) for name in ("latest", "best")
+    ]
+    distributed.require_same("checkpoints", {"resume": resume, "latest": latest.step, "best": best.step})
+    if not resume:
+        best.drop_after(-1)  # left by a run that was killed before it saved its state
+    return [latest, best]
+
+
 def _start(run: Run, weights: InitialWeights | None) -> TrainState:
     if weights is None:
         return run.steps.init()
@@ -257,8 +145,8 @@ def _start(run: Run, weights: InitialWeights | None) -> TrainState:
 
 
 def _resume(run: Run) -> tuple[TrainState, Progress]:
-    wanted = run.steps.state
-    trees, meta = run.latest.restore(params=wanted.params, opt_state=wanted.opt_state)
+    abstract = run.steps.state
+    trees, meta = run.latest.restore(params=abstract.params, opt_state=abstract.opt_state)
     progress, step = Progress(**meta), run.latest.step or 0
     if progress.data != run.dataset.fingerprint():
         raise UserError(
@@ -266,13 +154,147 @@ def _resume(run: Run) -> tuple[TrainState, Progress]:
             f"trained on; restore that text, or start a new run without --resume"
         )
     run.best.drop_after(step)
-    if run.best.step != progress.best_step:  # killed in between: the best one is found again
+    if run.best.step != progress.best_step:  # the run was killed between the two saves: the best one is found again
         progress.best_step, progress.best_val_loss = 0, math.inf
-    return TrainState(jax.device_put(np.int32(step), wanted.step.sharding), **trees), progress
+    return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), **trees), progress
+
+
+def _train_and_report(
+    run: Run,
+    state: TrainState,
+    progress: Progress,
+    peak: float,
+    stop: StopSignal,
+    sample: Callable[[Path], str] | None,
+) -> int:
+    """The loop and, if the run was not stopped, its report; the exit code."""
+    config, start = run.config, int(state.step)
+    if distributed.is_first():
+        write_atomically(run.folder / "config.json", config.to_json())
+        write_atomically(run.folder / "tokenizer.json", run.dataset.tokenizer.to_json())
+    step_flops = flops.step_flops(config, run.steps.state.params)
+    _introduce(run, start, step_flops, peak)
+    token_flops = step_flops / (config.train.batch_size * config.model.block_size)
+    with Metrics(run.folder, config, start, progress.seconds, token_flops, peak) as metrics:
+        step = _loop(run, state, progress, metrics, stop)
+    if stop.agreed and step < config.train.max_steps:
+        print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run.folder}")
+        return 128 + stop.agreed
+    if distributed.is_first():
+        _report(run, token_flops / peak, sample)
+    return 0
+
+
+def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, stop: StopSignal) -> int:
+    """Train from `state` to the last step, or until the run is stopped or its patience ends; return the step."""
+    options, step, finished = run.config.train, int(state.step), False
+    if step == 0:
+        _evaluate(run, state, progress, metrics)
+    with closing(batches.prefetch(_batch_maker(run), range(step, options.max_steps))) as stream:
+        while not (finished or stop.agree()):
+            windows = next(stream)
+            step += 1
+            distributed.at_step(step)
+            state, step_metrics = run.steps.train(state, windows)
+            metrics.add(step, step_metrics)
+            finished = step == options.max_steps
+            if options.evaluates(step):
+                finished |= _evaluate(run, state, progress, metrics)
+            if step % options.save_interval == 0:
+                _save(run, state, progress, metrics)
+    metrics.flush(last=True)
+    if run.latest.step != step:
+        _save(run, state, progress, metrics)
+    run.latest.wait()
+    run.best.wait()
+    return step
+
+
+def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> bool:
+    """Validate, save the best parameters so far and redraw loss.png; return whether the run's patience has ended."""
+    metrics.flush()
+    with metrics.pause("evaluating"):
+        step, options = metrics.step, run.config.train
+        random_weights = step == 0 and run.config.init_from is None
+        few = min(FIRST_BATCHES, options.eval_batches or FIRST_BATCHES)
+        val_loss = validation_loss(run, state.params, few if random_weights else None)
+    metrics.row(val_loss)
+    with metrics.pause("drawing"):
+        better = val_loss < progress.best_val_loss
+        if better:
+            progress.best_step, progress.best_val_loss = step, val_loss
+            run.best.save(step, asdict(progress), params=state.params)
+        metrics.print(f"step {step:,}: validation loss {val_loss:.4f}" + (", the best so far" if better else ""))
+        if distributed.is_first() and step:
+            report.plot_losses(run.folder / "metrics.csv", run.folder / "loss.png", title=run.folder.name)
+    return bool(options.patience) and step - progress.best_step >= options.patience * options.eval_interval
+
+
+def _save(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> None:
+    metrics.flush()
+    with metrics.pause("saving"):
+        progress.seconds = metrics.seconds
+        run.latest.save(metrics.step, asdict(progress), params=state.params, opt_state=state.opt_state)
+
+
+def validation_loss(run: Run, params: Any, n_batches: int | None = None) -> float:
+    """The mean nats per token of `n_batches` batches spread evenly over the validation split, by default eval_batches.
+
+    With 0 the split is evaluated whole, each token once.
+    """
+    tokens, options, block_size = run.dataset.val, run.config.train, run.config.model.block_size
+    rows, n_batches = options.batch_size // options.accumulate, options.eval_batches if n_batches is None else n_batches
+    starts = batches.sequential_starts(len(tokens), block_size)
+    if 0 < n_batches * options.batch_size < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, n_batches * options.batch_size).astype(int)]
+    starts = np.append(starts, np.full(-len(starts) % rows, len(tokens)))  # windows past the end have no targets
+
+    def put(i: int) -> jax.Array:
+        return _put_windows(run, tokens, starts[None, i * rows : (i + 1) * rows])
+
+    sums = [run.steps.evaluate(params, windows) for windows in batches.prefetch(put, range(len(starts) // rows))]
+    nats, n_targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
+    return float(nats / n_targets)
+
+
+def _batch_maker(run: Run) -> Callable[[int], jax.Array]:
+    """The function from a step to its training batch [A, B, W] on the mesh."""
+    options, tokens = run.config.train, run.dataset.train
+
+    def make(step: int) -> jax.Array:
+        starts_B = batches.starts(
+            len(tokens),
+            block_size=run.config.model.block_size,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            step=step,
+            order=run.config.data.order,
+        )
+        return _put_windows(run, tokens, starts_B.reshape(options.accumulate, -1))
+
+    return make
+
+
+def _put_windows(run: Run, tokens: Tokens, starts_AB: np.ndarray) -> jax.Array:
+    """The windows at these starts on the mesh; each process reads, all at once, the rows of its own devices.
+
+    With 8 rows over 4 devices, of which this process has the last 2, it reads rows 4 to 7, and its first device gets
+    `windows_ABW[:, 0:2]`.
+    """
+    model, split = run.config.model, batch_sharding(run.mesh)
+    shape = (*starts_AB.shape, model.block_size + 1)
+
+    def rows(index: Any) -> np.ndarray:
+        return np.arange(shape[1])[index[1]]
+
+    own_B = np.unique(np.concatenate([rows(i) for i in split.addressable_devices_indices_map(shape).values()]))
+    windows = batches.windows(tokens, starts_AB[:, own_B].ravel(), model.block_size, model.vocab_size)
+    windows_ABW = windows.reshape(len(starts_AB), len(own_B), -1)
+    return jax.make_array_from_callback(shape, split, lambda i: windows_ABW[:, np.searchsorted(own_B, rows(i))])
 
 
 def _peak(mesh: Mesh, dtype: str) -> float:
-    """The devices' peak FLOP/s, nan where it is not known; a CPU's own is measured."""
+    """The devices' peak FLOP/s, nan where it is unknown; that of CPUs is measured."""
     devices = mesh.devices.flatten().tolist()
     if devices[0].platform == "cpu":
         local = [device for device in devices if device.process_index == distributed.index()]
@@ -281,52 +303,41 @@ def _peak(mesh: Mesh, dtype: str) -> float:
     return known.flops * len(devices) if known else math.nan
 
 
-def _introduce(run: Run, step: int, peak: float) -> float:
-    """Print what is about to run, on devices of this peak FLOP/s; FLOPs per token."""
-    model, devices, params = run.config.model, run.mesh.devices.flatten().tolist(), run.steps.state.params
+def _introduce(run: Run, step: int, step_flops: int, peak: float) -> None:
+    """Print what is about to run."""
+    dataset, devices, params = run.dataset, run.mesh.devices.flatten().tolist(), run.steps.state.params
     n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     lora = [leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "lora_" in path[-1].key]
     trained = f" ({sum(lora):,} of them trained)" if lora else ""
-    flops_per_token = flops.train_flops_per_token(
-        n_matmul_params=flops.matmul_params(params),
-        n_layer=model.n_layer,
-        n_embd=model.n_embd,
-        block_size=model.block_size,
-    )
-    per_step = flops_per_token * run.config.train.batch_size * model.block_size
     print(f"run:     {run.folder}" + (f", resumed at step {step:,}" if step else ""))
     print(
-        f"model:   {n_params:,} parameters{trained}, {per_step / 1e12:.3g} TFLOP a step, activations in {model.dtype}"
+        f"model:   {n_params:,} parameters{trained}, {step_flops / 1e12:.3g} TFLOP a step, "
+        f"activations in {run.config.model.dtype}"
     )
     print(
-        f"data:    {run.dataset.folder}: {len(run.dataset.train):,} tokens to train on, {len(run.dataset.val):,} to "
-        f"validate on, vocabulary {run.dataset.tokenizer.vocab_size:,}"
+        f"data:    {dataset.folder}: {len(dataset.train):,} tokens to train on, {len(dataset.val):,} to validate on, "
+        f"vocabulary {dataset.tokenizer.vocab_size:,}"
     )
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1) or "one device"
     peak_text = "" if math.isnan(peak) else f", peak {peak / 1e12:.3g} TFLOP/s"
     hosts = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
     print(f"devices: {len(devices)} x {devices[0].device_kind}{hosts} ({mesh}){peak_text}", flush=True)
-    return float(flops_per_token)
 
 
 def _report(run: Run, mfu_per_token_rate: float, sample: Callable[[Path], str] | None) -> None:
-    """Print report.md and write it: figures, and a sample of the best parameters' text."""
+    """Print the report, with a sample where one device holds the parameters with room to spare, and write report.md."""
     some, tokenizer = run.dataset.val.window(0, 100_000), run.dataset.tokenizer
     metrics = report.read_metrics(run.folder / "metrics.csv")
     mfu = float(np.nanmedian(metrics["tokens_per_second"])) * mfu_per_token_rate
+    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.steps.state.params))
+    fits = n_bytes <= memory(run.mesh.local_devices[0]) / 2
     text = report.run_report(
         metrics,
         title=run.folder.name,
         characters_per_token=len(tokenizer.decode(some)) / len(some),
         mfu=None if math.isnan(mfu) else mfu,
         peak_memory=report.peak_memory_bytes(run.mesh.local_devices),
-        sample=sample(run.folder) if sample and _one_device_holds(run) else None,
+        sample=sample(run.folder) if sample and fits else None,
     )
     write_atomically(run.folder / "report.md", text)
     print(f"\n{text}\ncurves: {run.folder / 'loss.png'}\nsample: python sample.py --run {run.folder}")
-
-
-def _one_device_holds(run: Run) -> bool:
-    """Whether the parameters fit on one device with room to spare."""
-    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.steps.state.params))
-    return n_bytes <= memory(run.mesh.local_devices[0]) / 2

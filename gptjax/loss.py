@@ -1,4 +1,4 @@
-"""Cross-entropy of the output head in pieces, so that the logits of a whole batch never exist."""
+"""Cross-entropy of the output head in pieces, so that the logits of a whole batch never exist at once."""
 
 from functools import partial
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gptjax.matmul import multiply
+from gptjax.matmul import matmul
 from gptjax.sharding import BATCH_AXES, mesh_in_use
 
 PIECE_BYTES = 256 << 20  # of float32 logits on one device
@@ -33,13 +33,13 @@ def cross_entropy_sum(
     n_pieces: int,
     logit_cap: float = 0.0,
 ) -> Float[Array, ""]:
-    """Nats of the targets under softmax(x headᵀ), summed; a target of -1 does not count, ids from vocab_size on are no
-    tokens. With a cap that is not 0 the softmax is of cap tanh(x headᵀ / cap).
+    """The summed cross-entropy in nats of the targets under softmax(x headᵀ).
 
-    Logits are float32, of one of `n_pieces` of T at a time. The gradient is taken in the forward pass, while a piece's
-    logits are there, in products of the inputs' dtype that add up in float32: it costs no second pass over the head.
+    A target of -1 does not count; ids from vocab_size on are padding with probability zero. With a logit_cap other than
+    0 the logits are cap tanh(x headᵀ / cap). Logits are float32, for one of `n_pieces` of T at a time. The gradient is
+    computed in the forward pass, while a piece's logits exist, by matmuls in the inputs' dtype accumulated in float32.
     """
-    return _on_mesh(x_BTD, head_VD, targets_BT, vocab_size, n_pieces, logit_cap, with_gradient=False)
+    return _on_mesh(x_BTD, head_VD, targets_BT, vocab_size, n_pieces, logit_cap, with_gradient=False)[0]
 
 
 def _forward(x_BTD: Any, head_VD: Any, targets_BT: Any, vocab_size: int, n_pieces: int, logit_cap: float = 0.0) -> Any:
@@ -56,17 +56,12 @@ cross_entropy_sum.defvjp(_forward, _backward)
 
 
 def _on_mesh(
-    x_BTD: Any,
-    head_VD: Any,
-    targets_BT: Any,
-    vocab_size: int,
-    n_pieces: int,
-    logit_cap: float,
-    with_gradient: bool,
+    x_BTD: Any, head_VD: Any, targets_BT: Any, vocab_size: int, n_pieces: int, logit_cap: float, with_gradient: bool
 ) -> Any:
-    """Each device scans its own rows over its own part of the vocabulary; sums over rows are taken once, at the end.
+    """The loss, and the gradients by x and by the head (None without `with_gradient`), over the mesh in use.
 
-    Of the head's gradient a device keeps the part that it has of the head.
+    Each device scans its own rows over its own part of the vocabulary; losses and the head's gradients are summed over
+    rows once, at the end. A device keeps the gradient of its own part of the head.
     """
     scan = partial(_scan, vocab_size=vocab_size, n_pieces=n_pieces, logit_cap=logit_cap, with_gradient=with_gradient)
     mesh = mesh_in_use()
@@ -76,16 +71,15 @@ def _on_mesh(
     scattered = head_VD.shape[1] % mesh.shape["fsdp"] == 0
 
     def part(*arrays: Any) -> Any:
-        if not with_gradient:
-            return jax.lax.psum(scan(*arrays, axis="tensor" if split else None), BATCH_AXES)
         nats, dx_BTD, dhead_VD = scan(*arrays, axis="tensor" if split else None)
-        if scattered:
+        if with_gradient and scattered:
             dhead_VD = jax.lax.psum_scatter(dhead_VD, "fsdp", scatter_dimension=1, tiled=True)
-        return jax.lax.psum(nats, BATCH_AXES), dx_BTD, jax.lax.psum(dhead_VD, "data" if scattered else BATCH_AXES)
+        dhead_VD = jax.lax.psum(dhead_VD, "data" if scattered else BATCH_AXES)
+        return jax.lax.psum(nats, BATCH_AXES), dx_BTD, dhead_VD
 
     rows, head = PartitionSpec(BATCH_AXES), PartitionSpec("tensor" if split else None)
     dhead = PartitionSpec("tensor" if split else None, "fsdp" if scattered else None)
-    out = (PartitionSpec(), rows, dhead) if with_gradient else PartitionSpec()
+    out = (PartitionSpec(), rows, dhead)
     return jax.shard_map(part, in_specs=(rows, head, rows), out_specs=out, check_vma=False)(x_BTD, head_VD, targets_BT)
 
 
@@ -99,44 +93,55 @@ def _scan(
     with_gradient: bool,
     axis: str | None = None,
 ) -> Any:
-    """The sum; with_gradient also the gradient by x, and by the head in float32. V is split over the mesh's `axis`."""
-    first = 0 if axis is None else jax.lax.axis_index(axis) * head_VD.shape[0]
-    ids_11V = (first + jnp.arange(head_VD.shape[0]))[None, None]
-
-    def over_axis(collective: Any, x: jax.Array) -> jax.Array:
-        return x if axis is None else collective(x, axis)
-
-    def piece(carry: Any, inputs: Any) -> Any:
-        (nats, dhead_VD), (x_BtD, targets_Bt) = carry, inputs
-        rows_RD = x_BtD.reshape(-1, x_BtD.shape[-1])  # R is B t
-        logits_RV = multiply(rows_RD, head_VD.T, jnp.float32)
-        logits_BtV = logits_RV.reshape(*x_BtD.shape[:2], -1)
-        if logit_cap:
-            tanh_BtV = jnp.tanh(logits_BtV / logit_cap)
-            logits_BtV = logit_cap * tanh_BtV
-        logits_BtV = jnp.where(ids_11V < vocab_size, logits_BtV, -jnp.inf)
-        most_Bt1 = over_axis(jax.lax.pmax, jnp.max(logits_BtV, axis=-1, keepdims=True))
-        sum_Bt1 = over_axis(jax.lax.psum, jnp.sum(jnp.exp(logits_BtV - most_Bt1), axis=-1, keepdims=True))
-        log_sum_Bt1 = most_Bt1 + jnp.log(sum_Bt1)
-        hit_BtV = ids_11V == targets_Bt[:, :, None]
-        counts_Bt = (targets_Bt >= 0).astype(jnp.float32)
-        own_Bt = over_axis(jax.lax.psum, jnp.sum(jnp.where(hit_BtV, logits_BtV, 0.0), axis=-1))
-        nats += jnp.sum(counts_Bt * (log_sum_Bt1[:, :, 0] - own_Bt))
-        if not with_gradient:
-            return (nats, dhead_VD), None
-        dlogits_BtV = (jnp.exp(logits_BtV - log_sum_Bt1) - hit_BtV) * counts_Bt[:, :, None]
-        if logit_cap:
-            dlogits_BtV *= 1 - jnp.square(tanh_BtV)
-        dlogits_RV = dlogits_BtV.astype(x_BtD.dtype).reshape(logits_RV.shape)
-        dx_BtD = over_axis(jax.lax.psum, multiply(dlogits_RV, head_VD)).reshape(x_BtD.shape)
-        dhead_VD += multiply(dlogits_RV.T, rows_RD, jnp.float32)
-        return (nats, dhead_VD), dx_BtD
-
+    """`_on_mesh` for one device, whose part of V is along the mesh's `axis`; the head's gradient is float32."""
+    piece = partial(_piece, head_VD, vocab_size=vocab_size, logit_cap=logit_cap, with_gradient=with_gradient, axis=axis)
     (B, T, D), t = x_BTD.shape, x_BTD.shape[1] // n_pieces
     zero = (jnp.zeros(()), jnp.zeros(head_VD.shape, jnp.float32) if with_gradient else None)
     if n_pieces == 1:
         (nats, dhead_VD), dx_BTD = piece(zero, (x_BTD, targets_BT))
-        return (nats, dx_BTD, dhead_VD) if with_gradient else nats
-    split = (x_BTD.reshape(B, n_pieces, t, D).swapaxes(0, 1), targets_BT.reshape(B, n_pieces, t).swapaxes(0, 1))
-    (nats, dhead_VD), dx_PBtD = jax.lax.scan(piece, zero, split)
-    return (nats, dx_PBtD.swapaxes(0, 1).reshape(B, T, D), dhead_VD) if with_gradient else nats
+        return nats, dx_BTD, dhead_VD
+    pieces = (x_BTD.reshape(B, n_pieces, t, D).swapaxes(0, 1), targets_BT.reshape(B, n_pieces, t).swapaxes(0, 1))
+    (nats, dhead_VD), dx_PBtD = jax.lax.scan(piece, zero, pieces)
+    return nats, dx_PBtD.swapaxes(0, 1).reshape(B, T, D) if with_gradient else None, dhead_VD
+
+
+def _piece(
+    head_VD: Any,
+    total: Any,
+    inputs: Any,
+    *,
+    vocab_size: int,
+    logit_cap: float,
+    with_gradient: bool,
+    axis: str | None,
+) -> Any:
+    """The totals of loss and head gradient with those of one piece [B, t] added, and the gradient by its x."""
+
+    def over_axis(collective: Any, x: jax.Array) -> jax.Array:
+        return x if axis is None else collective(x, axis)
+
+    (nats, dhead_VD), (x_BtD, targets_Bt) = total, inputs
+    first = 0 if axis is None else jax.lax.axis_index(axis) * head_VD.shape[0]
+    ids_11V = (first + jnp.arange(head_VD.shape[0]))[None, None]
+    rows_RD = x_BtD.reshape(-1, x_BtD.shape[-1])  # R = B t
+    logits_RV = matmul(rows_RD, head_VD.T, jnp.float32)
+    logits_BtV = logits_RV.reshape(*x_BtD.shape[:2], -1)
+    if logit_cap:
+        tanh_BtV = jnp.tanh(logits_BtV / logit_cap)
+        logits_BtV = logit_cap * tanh_BtV
+    logits_BtV = jnp.where(ids_11V < vocab_size, logits_BtV, -jnp.inf)
+    max_Bt1 = over_axis(jax.lax.pmax, jnp.max(logits_BtV, axis=-1, keepdims=True))
+    sum_Bt1 = over_axis(jax.lax.psum, jnp.sum(jnp.exp(logits_BtV - max_Bt1), axis=-1, keepdims=True))
+    log_sum_Bt1 = max_Bt1 + jnp.log(sum_Bt1)
+    hit_BtV = ids_11V == targets_Bt[:, :, None]
+    counts_Bt = (targets_Bt >= 0).astype(jnp.float32)
+    target_Bt = over_axis(jax.lax.psum, jnp.sum(jnp.where(hit_BtV, logits_BtV, 0.0), axis=-1))
+    nats += jnp.sum(counts_Bt * (log_sum_Bt1[:, :, 0] - target_Bt))
+    if not with_gradient:
+        return (nats, dhead_VD), None
+    dlogits_BtV = (jnp.exp(logits_BtV - log_sum_Bt1) - hit_BtV) * counts_Bt[:, :, None]
+    if logit_cap:
+        dlogits_BtV *= 1 - jnp.square(tanh_BtV)
+    dlogits_RV = dlogits_BtV.astype(x_BtD.dtype).reshape(logits_RV.shape)
+    dx_BtD = over_axis(jax.lax.psum, matmul(dlogits_RV, head_VD)).reshape(x_BtD.shape)
+    return (nats, dhead_VD + matmul(dlogits_RV.T, rows_RD, jnp.float32)), dx_BtD

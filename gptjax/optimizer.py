@@ -1,4 +1,4 @@
-"""The learning-rate schedule, AdamW and Muon, from optax."""
+"""The learning-rate schedule, and AdamW and Muon from optax."""
 
 from typing import Any
 
@@ -8,14 +8,15 @@ import optax
 import optax.contrib
 
 from gptjax.config import OptimizerConfig
+from gptjax.model import n_input_axes
 from gptjax.sharding import by_layer
 
 
 def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
-    """Step -> AdamW's learning rate: linear warm-up, then down to the floor at decay_steps, then the floor.
+    """Step -> AdamW's learning rate: linear warm-up, decay until decay_steps, then min_learning_rate.
 
-    The way down is a cosine, or constant and then a line. Step n of the warm-up has (n + 1) / (warmup_steps + 1) of the
-    peak, as in nanoGPT: the first is not lost on 0. Source of the line: "MiniCPM", section 4.
+    "cosine" decays along a cosine; "linear" is constant and then linear (warmup-stable-decay, "MiniCPM", section 4).
+    Warm-up step n has (n + 1) / (warmup_steps + 1) of the peak, as in nanoGPT: the first step is not at rate 0.
     """
     end = max(config.decay_steps or max_steps, config.warmup_steps + 1)
     if config.schedule == "linear":
@@ -34,15 +35,14 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, max_steps: int, lora: bool = False) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW that decays matrices and embeddings but no bias and no LayerNorm.
+    """Global-norm clipping, then AdamW, which decays kernels and embeddings but no biases and no norms.
 
-    With "muon" each matrix of each block follows its own momentum, orthogonalized: M = 0.95 M + 0.05 G; the step is
-    rate sqrt(max(1, out / in)) NS(0.95 M + 0.05 G), where NS are five Newton-Schulz iterations (they take singular
-    values to about 0.7 to 1.2), in float32 at the hardware's own precision of products. M and G are divided by what
-    their averages lack in the first steps, as Adam's are and torch.optim.Muon's are not. With `lora` only LoRA's
-    parameters change, and only they have moments.
-    Sources: "Decoupled Weight Decay Regularization", algorithm 2; which parameters decay is nanoGPT's choice. "Muon: An
-    optimizer for hidden layers in neural networks" (Jordan, 2024).
+    With "muon" the blocks' kernels have Muon instead: momentum M = 0.95 M + 0.05 G and the update
+    rate sqrt(max(1, out / in)) NS(0.95 M + 0.05 G), with Adam's bias correction of M and G (torch.optim.Muon has none).
+    NS is five Newton-Schulz iterations in float32, which take singular values to about 0.7 to 1.2. With `lora` only
+    LoRA's parameters are trained and have moments.
+    Sources: "Decoupled Weight Decay Regularization", algorithm 2; nanoGPT (which parameters decay); "Muon: An optimizer
+    for hidden layers in neural networks" (Jordan, 2024).
     """
     schedule = make_schedule(config, max_steps)
     optimizer = optax.adamw(
@@ -59,7 +59,7 @@ def make_optimizer(config: OptimizerConfig, max_steps: int, lora: bool = False) 
             weight_decay=config.muon_weight_decay,
             muon_weight_dimension_numbers=_matrix_axes,
         )
-        # Matrices whole, or each of the iterations' products would wait for other devices.
+        # Each kernel whole on one device: else every Newton-Schulz matmul is a collective.
         whole = optax.stateless(lambda updates, params: jax.tree.map(by_layer, updates))
         optimizer = optax.partition({"muon": optax.chain(whole, muon, whole), "adamw": optimizer}, _labels)
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
@@ -72,7 +72,7 @@ def make_optimizer(config: OptimizerConfig, max_steps: int, lora: bool = False) 
 
 
 def freeze(params: Any) -> Any:
-    """Parameters through which gradients reach LoRA's alone, so that the compiler leaves out all others."""
+    """The parameters with gradients stopped at all but LoRA's, which the compiler then does not compute."""
     return jax.tree.map(lambda x, trained: x if trained else jax.lax.stop_gradient(x), params, _is_lora(params))
 
 
@@ -81,24 +81,22 @@ def _is_lora(params: Any) -> Any:
 
 
 def _labels(params: Any) -> Any:
-    """Muon for the kernels, all of which are in the blocks; AdamW for embeddings, head, norms and biases."""
+    """Muon for kernels, all of which are in the blocks; AdamW for embeddings, head, norms and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: "muon" if path[-1].key == "kernel" else "adamw", params)
 
 
 def _matrix_axes(params: Any) -> Any:
-    """Which axes of a kernel are its matrix's inputs, and which its outputs; the first is the layer and neither."""
+    """Which axes of a kernel [L, *inputs, *outputs] are inputs and which outputs."""
 
     def axes(path: tuple[Any, ...], kernel: Any) -> optax.contrib.MuonDimensionNumbers:
-        n_in = 2 if path[-2].key == "out" else 1  # heads and their width
-        return optax.contrib.MuonDimensionNumbers(tuple(range(1, 1 + n_in)), tuple(range(1 + n_in, kernel.ndim)))
+        first_output = 1 + n_input_axes(path)
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(1, first_output)), tuple(range(first_output, kernel.ndim))
+        )
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def _is_matrix(params: Any) -> Any:
-    """True for kernels and embeddings; by name, since a layer axis leads the shapes of biases too."""
-
-    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
-        return path[-1].key not in ("bias", "scale")
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    """True for kernels and embeddings; by name, since stacked biases have two axes."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says how each parameter is split over it."""
+"""The device mesh, and the one table of how each parameter is split over it."""
 
 import math
 import re
@@ -17,8 +17,8 @@ from gptjax.flops import device_peak
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# The end of a parameter's path -> how its axes are split. The leading axis of `layers` is the layer, never split.
-# The optimizer's moments have their parameter's path at the end of theirs, so the table splits them alike.
+# How each parameter is split, by the end of its path. A leading layer axis is never split. The optimizer's moments have
+# their parameter's path at the end of theirs, so the table holds for them too.
 TABLE = {
     r"(token_embedding|head)$": P("tensor", "fsdp"),
     r"position_embedding$": P(None, "fsdp"),
@@ -28,16 +28,36 @@ TABLE = {
     r"mlp/(up|gate)/kernel$": P(None, "fsdp", "tensor"),
     r"mlp/(up|gate)/bias$": P(None, "tensor"),
     r"mlp/down/kernel$": P(None, "tensor", "fsdp"),
-    r"": P(),
+    r"(attention/out|mlp/down)/bias$": P(),
+    r"norm/(scale|bias)$": P(),
+    r"lora_[ab]$": P(),
+    r"(step|count|ns_coeffs)$": P(),  # counters, and Muon's five constants
 }
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path in a tree as text: "layers/attention/query/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_of(name: str) -> P:
+    """The table's row for a parameter's path.
+
+    Raises:
+        KeyError: no row names it.
+    """
+    for end, spec in TABLE.items():
+        if re.search(end, name):
+            return spec
+    raise KeyError(f"no row of gptjax.sharding.TABLE says how {name} is split: add one")
 
 
 def make_mesh(
     config: MeshConfig, batch_size: int, state_bytes: int = 0, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor) that splits `batch_size` windows evenly, of all devices if one axis is -1.
+    """A mesh with axes (data, fsdp, tensor) over which `batch_size` windows split evenly; an axis of -1 takes the rest.
 
-    With mesh.fsdp=0, a state of more bytes than half of a device's memory is split over all that mesh.data=-1 leaves.
+    With mesh.fsdp=0, fsdp takes the rest instead of data where the state fills more than half of a device's memory.
 
     Raises:
         UserError: the axes do not multiply to the number of devices, the batch does not split, or a process is left
@@ -70,12 +90,12 @@ def make_mesh(
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types, devices=used)
     except NotImplementedError as error:  # axes of a TPU's mesh are made of whole sides of its slice
         raise UserError(
-            f"{asked} cannot be laid on this slice: an axis has to be the product of some of its sides"
+            f"{asked} does not fit this slice: an axis has to be a product of sides of the slice"
         ) from error
 
 
 def memory(device: jax.Device) -> float:
-    """Bytes of a device's own memory; no limit where it is not known, as on CPUs, whose devices share the host's."""
+    """Bytes of a device's own memory; infinity where it is unknown, as on CPUs, whose devices share the host's."""
     peak = device_peak(device.device_kind)
     return float(peak.memory) if peak else math.inf
 
@@ -93,14 +113,14 @@ def require_divisible(model: ModelConfig, mesh: Mesh) -> None:
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """For each array of a tree of parameters, or of a train state, its sharding by the table.
+    """The table's sharding for each array of a tree of parameters or of a train state.
 
-    A vocabulary too small to be padded, as one of characters is, stays whole where it does not divide.
+    A vocabulary that is too small to be padded, such as one of characters, stays whole where it does not divide.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next(spec for end, spec in TABLE.items() if re.search(end, name))
+        name = path_name(path)
+        spec = spec_of(name)
         if name.endswith(("token_embedding", "head")) and leaf.shape[0] % mesh.shape["tensor"]:
             spec = P(None, spec[1])
         return NamedSharding(mesh, spec)
@@ -109,7 +129,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def with_shardings(mesh: Mesh, abstract: Any) -> Any:
-    """The same shapes and dtypes with the table's shardings."""
+    """The shapes and dtypes of `abstract` with the table's shardings."""
     return jax.tree.map(
         lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
         abstract,
@@ -123,31 +143,29 @@ def one_device() -> Mesh:
 
 
 def mesh_in_use() -> jax.sharding.AbstractMesh:
-    """The mesh that arrays are split over here; the empty one where there is none, and in one device's part of a
-    computation, where arrays are that device's alone."""
+    """The mesh over which arrays are split here; empty without one, and inside shard_map, where arrays are local."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.sharding.AbstractMesh((), ()) if mesh.manual_axes else mesh
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch [accumulate, B, T]: B is split."""
+    """The sharding of a batch [A, B, W]: B is split."""
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Split an activation over the mesh in use, if there is one: its leading axis like the batch, the rest as given.
+    """Split an activation over the mesh in use, if there is one: its leading axis like the batch, the rest by `axes`.
 
-    The compiler would else be free to replicate the batch, or to move activations where weights should move.
+    Without this the compiler may replicate the batch, or communicate activations instead of weights.
     """
     return _constrain(x, (BATCH_AXES, *axes, *[None] * (x.ndim - 1 - len(axes))))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(weight: jax.Array, name: str) -> jax.Array:
-    """A parameter as its product wants it: whole over fsdp, split over tensor as the table says.
+    """A parameter all-gathered over fsdp for its matmul; over tensor it stays split.
 
-    Its gradient goes back split as the parameter is: a sum over devices of which each wants only its part, half of
-    what it takes to give each of them all of it.
+    Its gradient is split as the parameter is: a reduce-scatter moves half of the bytes of an all-reduce.
     """
     spec = _spec(weight, name)
     return _constrain(weight, tuple(None if axis == "fsdp" else axis for axis in spec))
@@ -166,11 +184,11 @@ gathered.defvjp(_gathered_forward, _gathered_backward)
 
 def _spec(weight: jax.Array, name: str) -> tuple[Any, ...]:
     """How the table splits the axes that a parameter has here, which may be those of one layer."""
-    return tuple(next(spec for end, spec in TABLE.items() if re.search(end, name)))[-weight.ndim :]
+    return tuple(spec_of(name))[-weight.ndim :]
 
 
 def by_layer(stacked: jax.Array) -> jax.Array:
-    """The layers of a stack split over as many axes of the mesh as divide their number, each layer's array whole."""
+    """Stacked layers split over as many mesh axes as divide their number; each layer's own array stays whole."""
     mesh, axes, n_parts = mesh_in_use(), list[str](), 1
     for axis in AXES if not mesh.empty else ():
         if len(stacked) % (n_parts * mesh.shape[axis]) == 0:
@@ -179,7 +197,7 @@ def by_layer(stacked: jax.Array) -> jax.Array:
 
 
 def _constrain(x: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
-    """with_sharding_constraint on the mesh in use, if there is one; an axis that does not split evenly stays whole."""
+    """with_sharding_constraint on the mesh in use, if any; an axis that does not split evenly stays whole."""
     mesh = mesh_in_use()
     if mesh.empty:
         return x

@@ -10,8 +10,7 @@ import pytest
 
 from gptjax.attention import causal_attention, sequence_attention
 from gptjax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from gptjax.inference.generate import generate
-from gptjax.inference.sampling import Sampling
+from gptjax.inference.generate import Sampling, generate
 from gptjax.sharding import batch_sharding, make_mesh
 from gptjax.training import compile_steps
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from gptjax import attention, host
-from gptjax import matmul as products
+from gptjax import matmul as matmuls
 from gptjax.config import ModelConfig
-from gptjax.matmul import multiply
+from gptjax.matmul import matmul
 from gptjax.model import GPT
 from gptjax.resolve import resolve
 from gptjax.training import loss_sum
@@ -22,7 +22,7 @@ TOKENS = jnp.zeros((1, 1), jnp.int32)
 
 @pytest.fixture(params=[False, True], ids=["as they lie", "by rows"])
 def by_rows(request, monkeypatch):
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: request.param)
+    monkeypatch.setattr(matmuls, "multiplies_bfloat16", lambda: request.param)
 
 
 SHAPES = [((5, 3), (3, 4)), ((2, 5, 3), (2, 3, 4)), ((2, 6, 5, 3), (2, 6, 3, 4))]
@@ -34,7 +34,7 @@ def test_product_and_gradients(by_rows, shapes, dtype):
     rng = np.random.default_rng(0)
     # Small whole numbers: every product and every sum is exact in bfloat16.
     x, w, dy = (rng.integers(-2, 3, shape).astype(np.float32) for shape in (*shapes, (*shapes[0][:-1], shapes[1][-1])))
-    y, gradients = jax.vjp(multiply, jnp.asarray(x, dtype), jnp.asarray(w, dtype))
+    y, gradients = jax.vjp(matmul, jnp.asarray(x, dtype), jnp.asarray(w, dtype))
     dx, dw = gradients(jnp.asarray(dy, dtype))
     for ours, exact in ((y, x @ w), (dx, dy @ w.swapaxes(-1, -2)), (dw, x.swapaxes(-1, -2) @ dy)):
         assert ours.dtype == dtype
@@ -43,18 +43,18 @@ def test_product_and_gradients(by_rows, shapes, dtype):
 
 def test_a_float32_result_of_bfloat16_is_not_rounded_and_its_gradients_are():
     x, w = jnp.full((1, 2), 1, jnp.bfloat16), jnp.array([[256], [1]], jnp.bfloat16)  # 257 is no bfloat16
-    y, gradients = jax.vjp(lambda x, w: multiply(x, w, jnp.float32), x, w)
+    y, gradients = jax.vjp(lambda x, w: matmul(x, w, jnp.float32), x, w)
     assert y.dtype == jnp.float32 and y[0, 0] == 257
     assert [gradient.dtype for gradient in gradients(y)] == [jnp.bfloat16] * 2
 
 
 def test_weights_that_are_frozen_have_no_gradient_and_keep_nothing():
     x, w = jnp.ones((5, 3)), jnp.ones((3, 4))
-    _, pulled = jax.vjp(lambda x: multiply(x, w), x)
+    _, pulled = jax.vjp(lambda x: matmul(x, w), x)
     assert [leaf.shape for leaf in jax.tree.leaves(pulled)] == [w.shape]
-    _, pulled = jax.vjp(lambda w: multiply(x, w), w)
+    _, pulled = jax.vjp(lambda w: matmul(x, w), w)
     assert [leaf.shape for leaf in jax.tree.leaves(pulled)] == [x.shape]
-    unused = jax.grad(lambda x: jnp.sum(x) + jnp.sum(jax.lax.stop_gradient(multiply(x, w))))(x)
+    unused = jax.grad(lambda x: jnp.sum(x) + jnp.sum(jax.lax.stop_gradient(matmul(x, w))))(x)
     np.testing.assert_array_equal(unused, np.ones((5, 3)))
 
 
@@ -65,7 +65,7 @@ def test_weights_that_are_frozen_have_no_gradient_and_keep_nothing():
 )
 def test_a_training_step_multiplies_everything_by_rows(monkeypatch, fields):
     """Layers, attention and head, in the gradient too: no product is left that XLA would make one of float32."""
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(matmuls, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(attention, "BLOCK", 16)
     config = ModelConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=64, block_size=32, dtype="bfloat16", **fields)
     params = jax.eval_shape(lambda: GPT(replace(config, attention="plain")).init(jax.random.key(0), TOKENS)["params"])

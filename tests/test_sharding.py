@@ -11,13 +11,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import training
+from gptjax import cpu
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gptjax.cpu import n_splits
 from gptjax.errors import UserError
 from gptjax.model import GPT
 from gptjax.sharding import batch_sharding, gathered, make_mesh
-from gptjax.training import Steps, TrainState, compile_steps, loss_sum, splits_of, trace_train_step
+from gptjax.training import Steps, TrainState, compile_steps, loss_sum, trace_train_step
 
 CONFIG = Config(
     model=ModelConfig(
@@ -189,11 +190,11 @@ def test_accumulated_micro_batches_are_one_large_batch(train, assert_trees_close
 def test_a_cpu_takes_a_large_batch_in_parts_and_trains_the_same(train, monkeypatch, assert_trees_close):
     whole = replace(CONFIG, model=replace(CONFIG.model, dropout=0.0))
     expected = train(whole, ONE_DEVICE)
-    monkeypatch.setattr(training, "CACHED_TOKENS", 10 * whole.model.block_size)
+    monkeypatch.setattr(cpu, "CACHED_TOKENS", 10 * whole.model.block_size)
     mesh = mesh_of(MESHES["2x2x2"])
-    assert splits_of(whole, mesh) == 4  # of 32 windows, 8 at a time: the most that 10 hold and that 4 devices share
-    assert splits_of(replace(whole, train=replace(whole.train, accumulate=2)), mesh) == 2
-    assert splits_of(replace(whole, train=replace(whole.train, batch_size=4)), mesh) == 1
+    assert n_splits(whole, mesh) == 4  # of 32 windows, 8 at a time: the most that 10 hold and that 4 devices share
+    assert n_splits(replace(whole, train=replace(whole.train, accumulate=2)), mesh) == 2
+    assert n_splits(replace(whole, train=replace(whole.train, batch_size=4)), mesh) == 1
     parts = replace(whole, train=replace(whole.train, save_interval=7))  # for the fixture another run
     assert_same_training(train(parts, MESHES["2x2x2"]), expected, assert_trees_close)
 
@@ -205,9 +206,9 @@ def test_cpu_devices_that_take_gradients_apart_train_as_one_does(train, monkeypa
     assert_same_training(train(whole, pair), expected, assert_trees_close)
     program = trace_train_step(whole, mesh_of(pair))[1].lower().as_text()
     assert program.count("stablehlo.all_reduce") == 1
-    monkeypatch.setattr(training, "CACHED_TOKENS", 10 * whole.model.block_size)
+    monkeypatch.setattr(cpu, "CACHED_TOKENS", 10 * whole.model.block_size)
     parts = replace(whole, train=replace(whole.train, save_interval=7))  # for the fixture another run
-    assert splits_of(parts, mesh_of(pair)) == 4
+    assert n_splits(parts, mesh_of(pair)) == 4
     assert_same_training(train(parts, pair), expected, assert_trees_close)
 
 
@@ -215,9 +216,9 @@ def test_cpu_devices_that_take_gradients_apart_drop_what_one_does(train, monkeyp
     """In parts, of which each device takes two whole ones; where it would get less than one they stay together."""
     pair = MeshConfig(data=2)
     together = trace_train_step(CONFIG, mesh_of(pair))[1].lower().as_text()
-    monkeypatch.setattr(training, "CACHED_TOKENS", 20 * CONFIG.model.block_size)
+    monkeypatch.setattr(cpu, "CACHED_TOKENS", 20 * CONFIG.model.block_size)
     parts = replace(CONFIG, train=replace(CONFIG.train, save_interval=7))  # for the fixture another run
-    assert splits_of(parts, mesh_of(pair)) == splits_of(parts, mesh_of(ONE_DEVICE)) == 4
+    assert n_splits(parts, mesh_of(pair)) == n_splits(parts, mesh_of(ONE_DEVICE)) == 4
     apart = trace_train_step(parts, mesh_of(pair))[1].lower().as_text()
     assert apart.count("stablehlo.all_reduce") == 1 < together.count("stablehlo.all_reduce")
     assert_same_training(train(parts, pair), train(parts, ONE_DEVICE), assert_trees_close)

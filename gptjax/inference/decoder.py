@@ -79,7 +79,7 @@ def hidden(
     )
     caches: list[Any] = []
     for layer, own in zip(params["layers"], cache if cache else [None] * config.n_layer, strict=True):
-        block: Any = Block(config)
+        block: Any = Block(config, fused_qkv=True)
         x_BTD, own = block.apply({"params": layer}, x_BTD, own, position_bT, document_BT)
         caches.append(own)
     x_BTD = model.apply({"params": params}, x_BTD, method="normalize")

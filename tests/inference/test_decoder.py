@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from gptjax.config import ModelConfig
-from gptjax.inference import quantize as matrices
 from gptjax.inference.decoder import hidden, lay_out, logits
-from gptjax.inference.generate import PrefixCache, generate
-from gptjax.inference.quantize import Int8, quantize
-from gptjax.inference.sampling import Sampling
+from gptjax.inference.generate import Memory, Sampling, generate
+from gptjax.inference.quantize import quantize
+from gptjax.matmul import Int8, linear_transposed
 from gptjax.model import GPT
 
 GPT2 = ModelConfig(vocab_size=61, block_size=40, n_layer=3, n_head=2, n_embd=16, bias=True, dtype="float32")
@@ -42,7 +41,7 @@ def test_laid_out_parameters_give_the_same_logits_and_text(scramble, config):
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_a_memory_serves_laid_out_parameters_too(scramble, config):
-    params, memory, greedy = lay_out(scramble(config)), PrefixCache(), Sampling(temperature=0.0)
+    params, memory, greedy = lay_out(scramble(config)), Memory(), Sampling(temperature=0.0)
     for length in (4, 9, 20):
         texts = [
             np.concatenate(
@@ -80,14 +79,15 @@ def _float(leaf):
     ("part", "small", "n_parts"), [(384, 384, 1), (64, 0, 6), (16, 0, 24), (384, 64, 6), (384, 8, 24)]
 )
 def test_a_product_in_parts_is_the_product(monkeypatch, part, small, n_parts):
-    monkeypatch.setattr(matrices, "PART", part)
-    monkeypatch.setattr(matrices, "SMALL_PART", small)
+    jax.clear_caches()  # which do not depend on these constants
+    monkeypatch.setattr("gptjax.matmul.INT8_PART", part)
+    monkeypatch.setattr("gptjax.matmul.SMALL_INT8_PART", small)
     rng = np.random.default_rng(0)
     matrix = Int8(jnp.asarray(rng.integers(-127, 128, (24, 16), np.int8)), jnp.asarray(rng.random(24, np.float32)))
     x = rng.normal(size=(2, 3, 16)).astype(np.float32)
     expected = x @ (np.asarray(matrix.weights, np.float32) * np.asarray(matrix.scale)[:, None]).T
-    np.testing.assert_allclose(matrices.product(jnp.asarray(x), matrix), expected, rtol=1e-5, atol=1e-5)
-    program = jax.jit(lambda x: matrices.product(x, matrix)).lower(jnp.asarray(x)).as_text()
+    np.testing.assert_allclose(linear_transposed(jnp.asarray(x), matrix), expected, rtol=1e-5, atol=1e-5)
+    program = jax.jit(lambda x: linear_transposed(x, matrix)).lower(jnp.asarray(x)).as_text()
     assert max(map(int, re.findall(r"<(\d+)x\d+x16xi8>", program)), default=1) == n_parts
 
 

@@ -1,0 +1,74 @@
+"""CPU devices: a batch in splits that fit the cache, gradients device by device, one program at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, PartitionSpec
+
+from gptjax.config import Config
+from gptjax.sharding import BATCH_AXES, mesh_in_use
+
+CACHED_TOKENS = 2048  # whose activations fit the cache, of all devices together; half as many with dropout
+RUNS_ONCE = {"xla_backend_optimization_level": 1}  # compiles in half the time
+
+
+def is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def n_splits(config: Config, mesh: Mesh) -> int:
+    """Into how many splits, one after the other, a micro-step is cut so that activations stay in the cache.
+
+    Measured: docs/performance.md.
+    """
+    rows, n_devices = config.train.batch_size // config.train.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    limit = CACHED_TOKENS // 2 if config.model.drops else CACHED_TOKENS
+    even = [n for n in range(1, rows // n_devices + 1) if rows % (n * n_devices) == 0]
+    return next((n for n in even if rows // n * config.model.block_size <= limit), even[-1])
+
+
+def split_gradient(gradient: Callable[..., Any], config: Config, mesh: Mesh) -> Callable[..., Any]:
+    """`gradient` (training.gradient) with each micro-step cut into splits, which act as further micro-steps.
+
+    On a mesh of data alone each device takes the gradient of its own splits, followed by one all-reduce of the
+    flattened gradient. The numbers of the splits key dropout, so one device and several draw the same masks.
+    """
+    S, n_data = n_splits(config, mesh), mesh.shape["data"]
+    by_device = mesh.size == n_data > 1 and not config.model.lora_rank
+    if by_device and not config.model.drops:  # with dropout the number of splits must not depend on the devices
+        S *= n_data
+    by_device = by_device and S % n_data == 0
+
+    def of_splits(key: Any, params: Any, windows_ABW: Any, number_AS: Any) -> Any:
+        (A, B, W), S = windows_ABW.shape, number_AS.shape[1]
+        windows = windows_ABW.reshape(A * S, B // S, W)
+        if S > 1 and not mesh_in_use().empty:
+            windows = jax.lax.with_sharding_constraint(windows, PartitionSpec(None, BATCH_AXES))
+        return gradient(config, key, params, windows, number_AS.reshape(-1))
+
+    def of_device(*arguments: Any) -> Any:
+        flat, unravel = ravel_pytree(of_splits(*arguments))
+        return unravel(jax.lax.pmean(flat, "data"))
+
+    def whole(config: Config, key: Any, params: Any, windows_ABW: Any) -> Any:
+        number_AS = jnp.arange(len(windows_ABW) * S).reshape(-1, S)
+        if not by_device:
+            return of_splits(key, params, windows_ABW, number_AS)
+        split = PartitionSpec(None, "data")
+        specs = (PartitionSpec(), PartitionSpec(), split, split)
+        mapped = jax.shard_map(of_device, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+        return mapped(key, params, windows_ABW, number_AS)
+
+    return whole
+
+
+def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, returning once its result is computed.
+
+    CPU devices share a pool of as many threads: of two programs in flight, each could hold a thread in a collective
+    that waits for the other's, forever.
+    """
+    return lambda *arguments: jax.block_until_ready(function(*arguments))
