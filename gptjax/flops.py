@@ -1,4 +1,4 @@
-"""How much arithmetic a training step is, and how much the hardware could do at best."""
+"""How many FLOPs a training step has, and how many per second the hardware can do."""
 
 import time
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from gptjax.config import Config
 
 @dataclass(frozen=True)
 class Peak:
-    """What one JAX device can do at best, as its vendor states it."""
+    """The limits of one JAX device, as its vendor states them."""
 
-    flops: float  # FLOP/s of dense bfloat16 matrix products that accumulate in float32
+    flops: float  # FLOP/s of dense bfloat16 matmuls that accumulate in float32
     bandwidth: float  # bytes/s of device memory
     memory: int  # bytes of device memory, a little more than a program can have
 
 
-# Names as `device.device_kind` gives them; teraFLOP/s, GB/s and GiB per JAX device. "a / 2" is half a chip: on
-# TPU v2, v3 and 7x a JAX device is one of the chip's two cores, on v4 and v5p both cores are one device. A vendor's
-# figure "with sparsity" is twice the dense one that stands here. What vendors call a GB of memory is a GiB.
+# Names as in `device.device_kind`; TFLOP/s, GB/s and GiB per JAX device. "a / 2" is half a chip: on TPU v2, v3 and 7x a
+# JAX device is one of the chip's two cores, on v4 and v5p both cores are one device. FLOP/s are dense: half of a
+# vendor's figure "with sparsity". What vendors call a GB of memory is a GiB.
 _TABLE: tuple[tuple[str, float, float, float], ...] = (
     # Google. v2, v3: "A Domain-Specific Supercomputer for Training Deep Neural Networks" (CACM, July 2020).
     ("TPU v2", 46 / 2, 700 / 2, 16 / 2),
@@ -55,7 +55,7 @@ _TABLE: tuple[tuple[str, float, float, float], ...] = (
     # GA102 and Ada architecture whitepapers, appendix A, "FP32 accumulate": half of the float16-accumulate figure.
     ("RTX 3090", 71, 936, 24),
     ("RTX 4090", 165.2, 1008, 24),
-    # NVIDIA H100, H200 and GH200 datasheets; SXM where the name says nothing. The GH200's 480 GB are the CPU's.
+    # NVIDIA H100, H200 and GH200 datasheets; SXM unless the name says otherwise. The GH200's 480 GB are the CPU's.
     ("H100 80GB HBM3|H100", 989.5, 3350, 80),
     ("H100 PCIe", 756.5, 2000, 80),
     ("H100 NVL", 835.5, 3900, 94),
@@ -67,54 +67,29 @@ _TABLE: tuple[tuple[str, float, float, float], ...] = (
     ("B200", 36e3 / 2 / 8, 64e3 / 8, 1440 / 8),
     ("GB200", 10e3 / 2 / 2, 16e3 / 2, 372 / 2),
 )
-
-# How fast what leaves a device can reach others, GB/s one way: for a TPU over one link of its torus (Google's pages as
-# above state all links of a chip, both ways: 400, 800 and 1,200 GB/s for v5e, v6e and v5p; v4's 2,400 Gbit/s are one
-# way), for a GPU over all of its NVLinks (half of what the datasheets state), and from node to node its part of the
-# network (DGX A100, H100, H200 and B200 user guides: a card of 200, and later of 400 Gbit/s, for each GPU).
-# "How to Scale Your Model", chapter 2, counts with 45 and 90 GB/s for a link of v5e and v6e or v5p: what arrives.
-INTERCONNECT = {
-    "TPU v4": 2400e9 / 8 / 6,
-    "TPU v5 lite": 400e9 / 2 / 4,
-    "TPU v5": 1200e9 / 2 / 6,
-    "TPU v6 lite": 800e9 / 2 / 4,
-    "NVIDIA A100-SXM4-80GB": 600e9 / 2,
-    "NVIDIA H100 80GB HBM3": 900e9 / 2,
-    "NVIDIA H200": 900e9 / 2,
-    "NVIDIA B200": 1800e9 / 2,
-}
-NODE_NETWORK = {
-    "NVIDIA A100-SXM4-80GB": 200e9 / 8,
-    "NVIDIA H100 80GB HBM3": 400e9 / 8,
-    "NVIDIA H200": 400e9 / 8,
-    "NVIDIA B200": 400e9 / 8,
-}
-
 PEAKS = {
-    name: Peak(flops=tflops * 1e12, bandwidth=gigabytes * 1e9, memory=round(gibibytes * 2**30))
+    name.casefold(): Peak(flops=tflops * 1e12, bandwidth=gigabytes * 1e9, memory=round(gibibytes * 2**30))
     for names, tflops, gigabytes, gibibytes in _TABLE
     for name in names.split("|")
 }
 
-_BY_FOLDED_NAME = {name.casefold(): peak for name, peak in PEAKS.items()}
-
 
 def device_peak(device_kind: str) -> Peak | None:
-    """The table's row for a JAX `device.device_kind`, None where there is none.
+    """The peak of a JAX `device.device_kind`, None if the table does not have it.
 
-    The whole name has to match, up to case and the words NVIDIA, Tesla and GeForce: an RTX 3090 Ti is no RTX 3090
-    and a MIG slice of an H200 no H200, and no figure is better than a wrong one.
+    The whole name must match, except for case and the words NVIDIA, Tesla and GeForce: an RTX 3090 Ti is not an RTX
+    3090, and a MIG slice of an H200 is not an H200.
     """
     words = device_kind.casefold().split()
-    return _BY_FOLDED_NAME.get(" ".join(word for word in words if word not in ("nvidia", "tesla", "geforce")))
+    return PEAKS.get(" ".join(word for word in words if word not in ("nvidia", "tesla", "geforce")))
 
 
 def measured_matmul_peak(
     mesh_devices: Sequence[jax.Device], dtype: DTypeLike = jnp.float32, *, size: int = 1024, seconds: float = 0.3
 ) -> float:
-    """FLOP/s of the fastest of several [size, size] matrix products that all the devices do at once.
+    """FLOP/s of the fastest of several [size, size] matmuls on all devices at once, measured for about `seconds`.
 
-    Stands in for a vendor's peak on CPUs, whose virtual devices share the cores. Takes about `seconds`.
+    Stands in for a vendor's peak on CPUs, whose devices share the cores.
     """
     mesh = Mesh(np.asarray(mesh_devices), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
@@ -134,16 +109,18 @@ def measured_matmul_peak(
 def train_flops_per_token(*, n_matmul_params: int, n_layer: int, n_embd: int, block_size: int) -> int:
     """FLOPs of one token's forward and backward pass: 6 N + 12 L D T (PaLM, appendix B; nanoGPT's `estimate_mfu`).
 
-    N counts the entries of weight matrices that activations are multiplied by: the output head yes, tied or not;
-    embedding lookups, norms and biases no (nanoGPT takes all but the position embedding, the same within 0.1% for
-    GPT-2). D is the attention's width, query heads times head width. As in both sources, attention is counted as
-    if it were not causal, and recomputation is not counted.
+    N is `matmul_params`, D the width of attention: query heads times head width. As in both sources attention counts
+    in full, without regard to causality, and recomputation does not count.
     """
     return 6 * n_matmul_params + 12 * n_layer * n_embd * block_size
 
 
 def matmul_params(params: Any) -> int:
-    """Entries of the weight matrices among a model's parameters: N of `train_flops_per_token`."""
+    """Entries of a model's weight matrices and of its output head, tied or not.
+
+    Embedding lookups, norms and biases do not count. nanoGPT counts all but the position embedding, which is within
+    0.1% of this for GPT-2.
+    """
     head = params["head" if "head" in params else "token_embedding"]
     layers = jax.tree_util.tree_leaves_with_path(params["layers"])
     return head.size + sum(leaf.size for path, leaf in layers if path[-1].key == "kernel")

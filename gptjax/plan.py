@@ -1,7 +1,7 @@
-"""What a run needs on hardware that is not here: python -m gptjax.plan --config configs/gpt2_124m.py --topology v5e:4x4
+"""Plan a run for hardware that is not here: python -m gptjax.plan --config configs/gpt2_124m.py --topology v5e:4x4
 
-Compiles the real training step with the hardware's own compiler and prints whether it fits, how fast it can be at best
-and what that costs. Wants an environment with the extra `plan`. Every field of a config is an option, as of train.py.
+Compiles the training step with the hardware's own compiler and prints whether it fits, how fast it can be at best and
+what the run costs. Needs an environment with the extra `plan`. Every field of a config is an option, as in train.py.
 """
 
 import json
@@ -15,24 +15,22 @@ from gptjax.cli import Parser, load_config_file
 from gptjax.config import Config, MeshConfig, Section, option
 from gptjax.errors import one_line_errors
 from gptjax.planning.page import to_json, to_text
-from gptjax.planning.plan import make_plan, search, without_data
+from gptjax.planning.plan import complete_config, make_plan, search
 from gptjax.planning.topology import find_topology
 
 
 @dataclass(frozen=True)
 class Arguments(Section):
     config: str | None = option(None, "Python file that builds a `config`; none: the defaults below")
-    topology: str = option(
-        "v5e:4x4", "the hardware: v5e:4x4, v5e-16, v5p:4x4x4, v5p-128, h100:8, h100:2x8 (nodes x GPUs)"
-    )
+    topology: str = option("v5e:4x4", "as v5e:4x4, v5e-16, v5p:4x4x4, v5p-128, h100:8, h100:2x8 (nodes x GPUs)")
     mesh: str | None = option(None, "data x fsdp x tensor, as 1x16x1; none: the mesh fields below")
-    price: float | None = option(None, "dollars for a chip and an hour")
+    price: float | None = option(None, "dollars per chip-hour")
     search: bool = option(False, "try micro-batches, remat and meshes, and recommend the fastest that fits")
-    json: bool = option(False, "print one JSON object and nothing else")
+    json: bool = option(False, "print one JSON object only")
 
     def validate(self) -> None:
         shape = self.mesh is None or re.fullmatch(r"\d+x\d+x\d+", self.mesh)
-        self.require(bool(shape), "mesh", "is not of the form DATAxFSDPxTENSOR, as 1x16x1")
+        self.require(bool(shape), "mesh", "is not DATAxFSDPxTENSOR, as 1x16x1")
         self.require(self.price is None or self.price >= 0, "price", "is negative")
 
 
@@ -44,10 +42,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_fields(arguments)
     parser.add_fields(config)
     arguments, config = parser.parse(argv, arguments, config)
-    config = without_data(config)
+    topology = find_topology(arguments.topology)
+    config = complete_config(config, topology.platform)
     if arguments.mesh:
         config = replace(config, mesh=MeshConfig(*map(int, arguments.mesh.split("x"))))
-    topology = find_topology(arguments.topology)
     if arguments.search:
         plan = search(config, topology, sys.stderr if arguments.json else sys.stdout)
     else:

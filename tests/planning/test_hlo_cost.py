@@ -1,11 +1,10 @@
-"""FLOPs are those counted by hand, and what moves is read from compiled text as it stands there."""
+"""FLOPs are those counted by hand; collectives and traffic are those of a program whose text is known."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -20,7 +19,7 @@ def flops_of(function, *shapes):
     return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def test_products_count_as_often_as_they_run():
+def test_matmuls_count_as_often_as_they_run():
     def looped(x, ws):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, ws)[0]
 
@@ -28,77 +27,48 @@ def test_products_count_as_often_as_they_run():
     assert flops_of(jax.jit(looped), (3, 4), (5, 4, 4)) == 5 * 2 * 3 * 4 * 4
     assert flops_of(lambda x, y: jnp.einsum("bij,bkj->bik", x, y), (7, 3, 4), (7, 5, 4)) == 2 * 7 * 3 * 5 * 4
     assert flops_of(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x), (3, 4), (4, 4)) == 192
+    mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
+    on_every_device = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))
+    assert flops_of(on_every_device, (16, 4), (4, 4)) == 2 * 16 * 4 * 4
 
 
-def test_what_remat_computes_again_counts_again():
-    def loss(x, w):
-        return jnp.sum(jnp.sin(jnp.sin(x @ w) @ w))
+def traced_step(attention, **model):
+    """The config of a step of two micro-batches, its FLOPs by its jaxpr, and its parameters."""
+    sizes = {"vocab_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8} | model
+    model = ModelConfig(attention=attention, dtype="float32", **sizes)
+    config = Config(model=model, train=TrainConfig(batch_size=4, accumulate=2))
+    state = jax.eval_shape(lambda: init_state(config))
+    windows = jax.ShapeDtypeStruct((2, 2, model.block_size + 1), jnp.int32)
+    return config, jaxpr_flops(jax.make_jaxpr(partial(train_step, config))(state, windows).jaxpr), state.params
 
-    once = flops_of(loss, (3, 4), (4, 4))
-    assert flops_of(jax.grad(loss, (0, 1)), (3, 4), (4, 4)) == 3 * once
-    again = flops_of(jax.grad(jax.checkpoint(loss, policy=None), (0, 1)), (3, 4), (4, 4))
-    assert again == 4 * once
 
-
-def test_a_layers_products_are_kept_or_computed_again_as_remat_says():
-    counted = {remat: jaxpr_step("plain", layers="looped", remat=remat)[0] for remat in ("none", "dots", "full")}
-    model = jaxpr_step("plain")[1].model
-    places = 4 * model.block_size * model.n_layer
-    attention = 4 * model.block_size * model.n_embd * places  # scores, and values by weights
-    assert counted["dots"] - counted["none"] == attention
-    # 4 matrices of attention and "up": no gradient needs what "down" gives.
-    assert counted["full"] - counted["none"] == attention + 2 * 8 * model.n_embd**2 * places
+def test_a_step_has_the_flops_that_mfu_counts_and_those_of_remat():
+    config, counted, params = traced_step("plain", layers="looped")
+    assert counted == step_flops(config, params)
+    assert traced_step("plain", layers="unrolled")[1] == counted
+    tokens, width = 4 * 8 * 2, 16  # tokens times layers
+    attention = 2 * 2 * tokens * 8 * width  # scores, and values by weights
+    assert traced_step("plain", layers="looped", remat="dots")[1] - counted == attention
+    # The layer's matrices but "down", whose result no gradient needs.
+    assert traced_step("plain", layers="looped", remat="full")[1] - counted == attention + 2 * tokens * 8 * width**2
 
 
 def test_frozen_weights_have_no_gradient():
-    trained, config, params = jaxpr_step("plain")
-    places = 4 * config.model.block_size
-    lora = jaxpr_step("plain", lora_rank=8, lora_layers="query,value")[0]
-    # By kernels alone: that by the head comes with the loss.
-    frozen = 2 * (matmul_params(params) - config.model.padded_vocab_size * config.model.n_embd) * places
-    # Query and value have two products of rank 8 each: one forward and two in the gradient.
-    updates = 2 * 2 * 3 * 2 * config.model.n_embd * 8 * config.model.n_layer * places
-    assert trained - lora == frozen - updates
-
-
-def test_shard_map_counts_on_every_device():
-    mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
-    split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))
-    assert flops_of(split, (16, 4), (4, 4)) == 2 * 16 * 4 * 4
-
-
-def jaxpr_step(attention, **model):
-    config = Config(
-        model=ModelConfig(
-            vocab_size=2048, n_layer=3, n_head=4, n_embd=256, attention=attention, dtype="float32", **model
-        ),
-        train=TrainConfig(batch_size=4, accumulate=2),
-    )
-    state = jax.eval_shape(lambda: init_state(config))
-    windows = jax.ShapeDtypeStruct((2, 2, config.model.block_size + 1), jnp.int32)
-    counted = jaxpr_flops(jax.make_jaxpr(partial(train_step, config))(state, windows).jaxpr)
-    return counted, config, state.params
-
-
-@pytest.mark.parametrize("layers", ["looped", "unrolled"])
-def test_a_step_has_the_flops_that_mfu_counts(layers):
-    counted, config, params = jaxpr_step("plain", layers=layers, block_size=64)
-    assert counted == step_flops(config, params)
+    _, counted, params = traced_step("plain", layers="looped")
+    tokens = 4 * 8
+    lora = traced_step("plain", layers="looped", lora_rank=3, lora_layers="query,value")[1]
+    frozen = 2 * (matmul_params(params) - params["token_embedding"].size) * tokens  # the head's gradient remains
+    # Query and value of each layer have two matmuls of rank 3 more, each of them once forward and twice backward.
+    assert counted - lora == frozen - 2 * 2 * 2 * 3 * (2 * 16 * 3) * tokens
 
 
 def test_splash_attention_counts_the_blocks_that_causality_leaves():
-    T = 2048  # two blocks of queries and of keys: three of the four pairs are left
-    counted, config, params = jaxpr_step("splash", layers="looped", block_size=T)
-    products = 6 * matmul_params(params) * 4 * T
-    attention = (2 + 5) * 2 * 4 * T * T * 256 * 3  # forward 2 products, backward 5: rows x T x T x width x layers
-    sums = 2 * 4 * T * 256 * 3  # of the result by its gradient, which are a product of JAX's outside the kernel
-    assert counted == products + sums + attention * 3 / 4
-
-
-def compiled(function, mesh, in_specs, out_specs, *shapes):
-    sharded = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return Program(sharded.lower(*arguments).compile().as_text(), mesh.size)
+    T, D = 2048, 128  # two blocks of queries and of keys: three of the four pairs are left
+    _, counted, params = traced_step("splash", layers="looped", block_size=T, n_embd=D)
+    matmuls = 6 * matmul_params(params) * 4 * T
+    attention = (2 + 5) * 2 * 4 * T * T * D * 2  # 2 matmuls forward, 5 backward: windows x T x T x width x layers
+    sums = 2 * 4 * T * D * 2  # of the result times its gradient: a matmul of JAX's outside the kernel
+    assert counted == matmuls + sums + attention * 3 / 4
 
 
 def test_collectives_of_a_compiled_program():
@@ -112,29 +82,29 @@ def test_collectives_of_a_compiled_program():
         x, _ = jax.lax.scan(body, x, length=5)
         return jax.lax.ppermute(jax.lax.psum(x, "a"), "b", [(i, (i + 1) % 4) for i in range(4)])
 
-    program = compiled(step, mesh, P(("a", "b")), P(("a", "b")), (16, 16))
+    split = P(("a", "b"))
+    sharded = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
+    program = Program(sharded.lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile().as_text(), mesh.size)
     found = {each.kind: each for each in program.collectives()}
     size = 2 * 16 * 4
     assert {kind: (each.nbytes, each.times) for kind, each in found.items()} == {
         "all-gather": (3 * size, 5),
         "reduce-scatter": (3 * size, 5),
-        "all-reduce": (size, 1),  # to and from one other, half each way
+        "all-reduce": (size, 1),  # to and from one other device, half each way
         "collective-permute": (size, 1),
     }
-    assert found["all-gather"].group == (0, 1, 2, 3)
-    assert found["all-reduce"].group == (0, 4)
+    assert (found["all-gather"].group, found["all-reduce"].group) == ((0, 1, 2, 3), (0, 4))
 
 
 def test_traffic_of_a_compiled_program():
-    program = Program(
-        jax.jit(lambda x, y: (x + 1) @ y).lower(jnp.zeros((64, 32)), jnp.zeros((32, 16))).compile().as_text(), 1
-    )
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 32), (32, 16))]
+    program = Program(jax.jit(lambda x, y: (x + 1) @ y).lower(*shapes).compile().as_text(), 1)
     # x is read and x + 1 written; that and y are read, and the product is written.
     assert program.traffic() == 4 * (2 * 64 * 32 + 64 * 32 + 32 * 16 + 64 * 16)
 
 
-# Written in the form of the text that the TPU compiler gives: a loop without a noted number of trips, a transfer that
-# is spread over fusions, arrays in on-chip memory (S(1)), a stack of layers of which each trip touches one.
+# In the form of the TPU compiler's text: a loop whose number of trips is not noted, an all-gather that is spread over a
+# chain of fusions, an array in on-chip memory (S(1)), and stacks of layers of which each trip reads or writes one.
 # ruff: noqa: E501
 TPU = """HloModule jit_step
 
@@ -206,20 +176,13 @@ def test_a_tpu_program_is_read():
     assert gather == ("all-gather", "bf16[8,128]", 3 * 2 * 128 * 2, (0, 2, 4, 6), 12)
     assert (scatter.kind, scatter.nbytes, scatter.times) == ("reduce-scatter", 8 * 128 * 4 * 7 / 8, 1)
     assert scatter.group == (0, 2, 4, 6, 1, 3, 5, 7)
-    assert program.stacked_bytes(12) == 12 * 8 * 128 * 2
-    assert program.stacked_bytes(11) == 0
-
-
-def test_traffic_counts_a_layer_of_a_stack_and_nothing_on_the_chip():
-    one, counter = 8 * 128 * 2, 4
-    body = (one + counter) + (one + counter)  # the slice is read, its copy stays on the chip; the update is written
-    gathered = 2 * 128 * 2 * 2  # two fusions of the chain read the part
-    entry = 8 * 128 * 4 + 128 * 4
-    program = Program(TPU, 8)
-    rest = program.traffic() - 12 * body - entry
-    assert 0 <= rest <= 12 * (gathered + 8 * 128 * 2)
+    assert (program.stacked_bytes(12), program.stacked_bytes(11)) == (12 * 8 * 128 * 2, 0)
+    # A trip reads a layer, whose copy stays on the chip, and writes one, each by a counter; the entry scatters p1.
+    stacks, scattered = 2 * (8 * 128 * 2 + 4), 8 * 128 * 4 + 128 * 4
+    gathered = program.traffic() - 12 * stacks - scattered  # at most: both fusions read a part, one writes the whole
+    assert 0 <= gathered <= 12 * (2 * 2 * 128 * 2 + 8 * 128 * 2)
 
 
 def test_bytes_of_shapes():
     assert shape_bytes("(f32[2,3]{1,0}, bf16[4], pred[], u32[]{:S(2)})") == 24 + 8 + 1 + 4
-    assert shape_bytes("(f32[2,3]{1,0:T(8,128)S(1)}, s8[5]{0})", slow_only=True) == 5
+    assert shape_bytes("(f32[2,3]{1,0:T(8,128)S(1)}, s8[5]{0})", hbm_only=True) == 5
