@@ -1,11 +1,10 @@
-"""GPT-2 124M, fine-tuned on the complete plays of Shakespeare, after nanoGPT's recipe of the same name.
+"""GPT-2 124M, fine-tuned on the complete plays of Shakespeare with nanoGPT's recipe of the same name.
 
     python train.py --config configs/finetune_shakespeare.py
 
-Downloads GPT-2 from the Hugging Face hub; `--init_from FOLDER` takes one that is there already. An optimizer step is
-32 windows of 1,024 tokens, 8 at a time. `--model.lora_rank 8 --optimizer.learning_rate 3e-4` trains low-rank updates
-alone: 1.3M numbers instead of 124M, with 0.9 GiB less memory. Not run to its end here, where there is neither a
-network nor an accelerator.
+Downloads GPT-2 from the Hugging Face hub; `--init_from FOLDER` reads it from a folder. One optimizer step is 32 windows
+of 1,024 tokens, 8 at a time. `--model.lora_rank 8 --optimizer.learning_rate 3e-4` trains low-rank updates only: 1.3M
+parameters instead of 124M, with 0.9 GiB less memory. Not yet run to its end.
 """
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

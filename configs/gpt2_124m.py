@@ -1,11 +1,11 @@
-"""GPT-2 124M on OpenWebText, after nanoGPT's reproduction: 0.5M tokens a step, 600,000 steps.
+"""GPT-2 124M on OpenWebText with nanoGPT's recipe: 0.5M tokens per step, 600,000 steps.
 
     python train.py --config configs/gpt2_124m.py
 
-Wants a machine with several accelerators (nanoGPT's README: 4 days on 8 A100s to 2.85); not run here.
-data/openwebtext holds the shards that docs/data.md says how to make, or the train.bin and val.bin that nanoGPT's
-data/openwebtext/prepare.py writes. On a smaller machine raise --train.accumulate: the batch, and so the result, stays
-the same.
+Not yet run; nanoGPT's README reports a loss of 2.85 after 4 days on 8 A100s. Needs several GPUs or TPUs. Make
+data/openwebtext as docs/data.md describes, or put there the train.bin and val.bin that nanoGPT's
+data/openwebtext/prepare.py writes. On a smaller machine raise --train.accumulate; the batch and the result stay the
+same.
 """
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -1,10 +1,10 @@
-"""GPT-2 large, 774M parameters, on OpenWebText with the recipe of gpt2_124m.py: 0.5M tokens a step.
+"""GPT-2 large, 774M parameters, on OpenWebText with the recipe of gpt2_124m.py: 0.5M tokens per step.
 
     python train.py --config configs/gpt2_774m.py
 
-Planned, not run (docs/plan.md): on v5e-8 with --mesh.fsdp -1 --mesh.data 1 --train.accumulate 16
-6.3 GiB of 15.8 a chip and 304 hours at least; on 8 H100s with --train.accumulate 4 16.3 GiB and 73 hours.
-The learning rate is GPT-3's for this size (table 2.1); data/openwebtext as for gpt2_124m.py.
+Planned and not yet run (docs/plan.md): on v5e-8 with --mesh.fsdp -1 --mesh.data 1 --train.accumulate 16 it needs 6.3
+GiB of 15.8 per chip and at least 304 hours; on 8 H100s with --train.accumulate 4, 16.3 GiB and 73 hours. The learning
+rate is GPT-3's for this size (table 2.1). data/openwebtext is that of gpt2_124m.py.
 """
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -1,10 +1,10 @@
-"""A 7B of the Llama 2 kind (32 layers, width 4,096), with Llama 3's grouped keys, on 4,096 tokens of context.
+"""A 7B Llama: Llama 2's 32 layers of width 4,096 with Llama 3's grouped-query attention, and a context of 4,096 tokens.
 
     python train.py --config configs/llama_7b.py
 
-Planned, not run (docs/plan.md): on v5p-128 (64 chips) with --mesh.data 4 --mesh.fsdp 16 16.9 GiB of 95 a chip and 82
-hours at least for 147 billion tokens; it does not fit 8 chips of v5e. data/fineweb holds the shards that docs/data.md
-says how to make, and tokenizer.json is the one that made them.
+Planned and not yet run (docs/plan.md): on v5p-128 (64 chips) with --mesh.data 4 --mesh.fsdp 16 it needs 16.9 GiB of 95
+per chip and at least 82 hours for 147 billion tokens. It does not fit on 8 chips of v5e. Make data/fineweb as
+docs/data.md describes; tokenizer.json is the tokenizer of these shards.
 """
 
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig

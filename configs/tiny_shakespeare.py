@@ -1,9 +1,9 @@
-"""The same small GPT on nanoGPT's corpus, a million characters of Shakespeare, one token a character.
+"""A small GPT on nanoGPT's corpus, a million characters of Shakespeare, one token per character.
 
     python train.py --config configs/tiny_shakespeare.py
 
-Two CPU cores: 3 min to a loss of 1.691 on the whole validation split. The corpus is downloaded; without a network pass
---data.source FILE.
+Two cores of an AMD EPYC (Zen 5): 3 minutes to a loss of 1.691 on the whole validation split. The corpus is downloaded;
+without a network pass --data.source FILE.
 """
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

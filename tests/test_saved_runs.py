@@ -38,7 +38,8 @@ def test_it_resumes_as_if_it_had_never_stopped(folder, state_of):
     Another machine, or XLA without optimization as in these tests, may sum in another order. Float32's rounding (6e-8)
     stays below the tolerances over four steps. A wrong batch, dropout mask or optimizer state shows in the first digit.
     """
-    assert script("train.py")(["--resume", "--out_dir", "run", "--train.max_steps", "8", "--cpu_devices", "8"]) == 0
+    options = ["--cpu_devices", "8", "--num_processes", "1"]  # JAX runs here already, with conftest.py's devices
+    assert script("train.py")(["--resume", "--out_dir", "run", "--train.max_steps", "8", *options]) == 0
     step, trees = state_of(folder / "run")
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     actual = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
