@@ -12,8 +12,8 @@ from gptjax.config import Config, Section, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.host import use_cores
 from gptjax.hub.init_from import open_pretrained, resumed
-from gptjax.inference.generate import Sampling
 from gptjax.inference.language_model import LanguageModel
+from gptjax.inference.sampling import Sampling
 from gptjax.loop import train
 from gptjax.run_dir import can_resume, new_run_dir, newest_run
 

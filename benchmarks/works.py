@@ -155,8 +155,9 @@ def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
 
     from gptjax.hub.families import draw_params
     from gptjax.inference.decoder import lay_out
-    from gptjax.inference.generate import Sampling, generate
+    from gptjax.inference.generate import generate
     from gptjax.inference.quantize import quantize
+    from gptjax.inference.sampling import Sampling
 
     params = jax.jit(lambda: draw_params(config, 0))()
     if dtype == "bfloat16":

@@ -1,18 +1,18 @@
-"""Models side by side on the same prompts: python -m gptjax.compare out/shakespeare Qwen/Qwen2.5-0.5B-Instruct
+"""Compare models' answers to the same prompts: python -m gptjax.compare out/shakespeare Qwen/Qwen2.5-0.5B-Instruct
 
-Writes compare.html, one page that needs nothing else, and compare.md. An instruction model is asked through its chat
-template, any other model goes on from the prompt.
+Writes compare.html, a self-contained page, and compare.md. An instruction model is prompted through its chat template,
+any other model continues the prompt.
 """
 
 import base64
 import html
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -23,58 +23,57 @@ from gptjax.errors import UserError, one_line_errors
 from gptjax.evaluate import text_loss
 from gptjax.files import write_atomically
 from gptjax.hub.weights import locate, open_weights
-from gptjax.inference.generate import Sampling
-from gptjax.inference.language_model import Answer, Dtype, LanguageModel
+from gptjax.inference.language_model import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Answer, Dtype, LanguageModel, Which
+from gptjax.inference.sampling import Sampling
 from gptjax.run_dir import holds_run
 
+CHAT = "a chat"  # how an instruction model is asked
 PROMPTS = Path(__file__).parent.parent / "prompts" / "case_study.txt"
 
 
 @dataclass(frozen=True)
 class Arguments(Section):
-    models: tuple[str, ...] = argument(
-        "runs' folders, Hugging Face folders, names of models there, nanoGPT's ckpt.pt", many=True
-    )
-    prompts: str = option(str(PROMPTS), "file of prompts, one a line")
+    models: tuple[str, ...] = argument(f"each is {MODEL_HELP}", many=True)
+    prompts: str = option(str(PROMPTS), "file of prompts, one on each line")
     temperature: tuple[float, ...] = option((0.0, 0.8), "one answer at each; 0: always the likeliest token")
-    max_new_tokens: int = option(100, "tokens in an answer, at most")
-    system: str | None = option(None, "what an instruction model is told first")
+    max_new_tokens: int = option(100, "the most tokens in an answer")
+    system: str | None = option(None, "the system message of instruction models")
     seed: int = option(1337, "the same seed gives the same answers")
     out: str = option("compare", "the pages are named OUT.html and OUT.md")
-    checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
-    dtype: Dtype = option(
-        "auto",
-        "of activations, and of weights that no run made; int8: of weights alone; auto: float32 on CPU, else a run's "
-        "own, or bfloat16",
-    )
+    checkpoint: Which = option("best", CHECKPOINT_HELP)
+    dtype: Dtype = option("auto", DTYPE_HELP)
 
     def validate(self) -> None:
         self.require(self.max_new_tokens > 0, "max_new_tokens", "is not positive")
-        self.require(all(t >= 0 for t in self.temperature), "temperature", "has a negative one")
+        self.require(all(t >= 0 for t in self.temperature), "temperature", "has a negative value")
         self.require(0 <= self.seed < 2**32, "seed", "is not in [0, 2**32)")
 
     def read_prompts(self) -> list[str]:
-        """The prompts of the file, without empty lines."""
+        """The lines of the file that are not empty."""
         try:
             lines = Path(self.prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read prompts={self.prompts}: {error}") from error
         if not (prompts := [line.strip() for line in lines if line.strip()]):
-            raise UserError(f"prompts={self.prompts} has no prompt in it")
+            raise UserError(f"prompts={self.prompts} has no prompts")
         return prompts
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer and how fast it came: tokens per second from the prompt's first token to the answer's last."""
+    """An answer and its speed: its tokens divided by the time of prefill and decoding."""
 
     answer: Answer
     tokens_per_second: float
 
+    def __str__(self) -> str:
+        end = "ended by itself" if self.answer.ended else "cut off"
+        return f"{len(self.answer.tokens)} tokens, {end}, {self.tokens_per_second:,.0f} tokens/s"
+
 
 @dataclass(frozen=True)
 class Column:
-    """All that one model has to say. Where it cannot read a prompt, `problems` says why, and there is nothing else."""
+    """One model's part of the pages. For a prompt that it cannot read there is only the reason, in `problems`."""
 
     name: str
     facts: dict[str, str]
@@ -95,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
     for page in pages:
         if page.is_dir():
             raise UserError(f"out={arguments.out}: {page} is a folder; name another file")
-    for name in arguments.models:  # a mistake in the last name should not cost the answers of the first
+    for name in arguments.models:  # report a mistake in any name before the first model answers
         path = locate(name)
         if not holds_run(path):
             open_weights(path)
@@ -108,13 +107,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def ask(name: str, prompts: Sequence[str], arguments: Arguments) -> Column:
-    """Load a model, put every prompt to it at every temperature, and let it go again."""
+    """Load a model and collect its answers to every prompt at every temperature."""
     model = LanguageModel.load(name, arguments.checkpoint, arguments.dtype).for_sampling()
-    picture = model.folder / "loss.png"
-    alone = sum(Path(other).name == Path(name).name for other in arguments.models) == 1
-    column = Column(
-        model.name if alone else name, facts(model), picture.read_bytes() if picture.exists() else None, {}, {}, {}
-    )
+    path = model.folder / "loss.png"
+    picture = path.read_bytes() if path.exists() else None
+    unique = sum(Path(other).name == Path(name).name for other in arguments.models) == 1
+    column = Column(model.name if unique else name, facts(model), picture, {}, {}, {})
     for prompt in prompts:
         print(f"{model.name}: {prompt}", file=sys.stderr)
         try:
@@ -127,38 +125,38 @@ def ask(name: str, prompts: Sequence[str], arguments: Arguments) -> Column:
 
 
 def reply(model: LanguageModel, prompt: str, temperature: float, arguments: Arguments) -> Reply:
-    """One answer, timed after a first few tokens of it that only compile."""
+    """One answer, timed after its first few tokens have been drawn once to compile."""
     if model.template is None:
         ids = model.tokenizer.prompt(prompt)
     else:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         ids = model.chat_prompt([*system, {"role": "user", "content": prompt}])
     sampling = Sampling(temperature=temperature)
-    next(model.answer([ids], arguments.max_new_tokens, sampling, [arguments.seed]))
+    options = ([ids], arguments.max_new_tokens, sampling, [arguments.seed])
+    next(model.answer(*options))
     start = time.perf_counter()
-    *_, [answer] = model.answer([ids], arguments.max_new_tokens, sampling, [arguments.seed])
+    *_, [answer] = model.answer(*options)
     return Reply(answer, len(answer.tokens) / (time.perf_counter() - start))
 
 
 def perplexity_per_byte(model: LanguageModel, text: str) -> float:
-    """exp(nats per UTF-8 byte) of a text that begins: so models with different tokenizers can be compared."""
+    """exp(nats per UTF-8 byte) of a text from its first token on, which does not depend on the tokenizer."""
     tokens = np.concatenate([model.start()[-1:], model.tokenizer.encode(text)])
     loss = text_loss(model, tokens, model.config.block_size)
     return math.exp(loss["nats_per_token"] * len(tokens[1:]) / len(text.encode()))
 
 
 def facts(model: LanguageModel) -> dict[str, str]:
-    """A model's card."""
+    """What a model's card says."""
     config = model.config
     shape = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads"
     if config.kv_heads != config.n_head:
         shape += f" on {config.kv_heads} key/value heads"
-    trained = "not stated" if model.train_tokens is None else f"{model.train_tokens:,} tokens"
     return {
-        "asked as": "a chat" if model.template else "a text to go on from",
+        "asked as": CHAT if model.template else "a text to continue",
         "parameters": f"{model.n_params:,}",
         "shape": shape,
-        "trained on": trained,
+        "trained on": "not stated" if model.train_tokens is None else f"{model.train_tokens:,} tokens",
         "tokenizer": f"{model.tokenizer.kind}, {model.tokenizer.vocab_size:,} tokens",
         "context": f"{config.block_size:,} tokens",
         "activations": config.dtype,
@@ -167,10 +165,11 @@ def facts(model: LanguageModel) -> dict[str, str]:
 
 def to_markdown(columns: Sequence[Column], prompts: Sequence[str], temperatures: Sequence[float]) -> str:
     """The comparison as Markdown: a table of cards, then the answers to each prompt."""
-    names = list(columns[0].facts)
     lines = ["# Models side by side", "", "| | " + " | ".join(_cell(column.name) for column in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
-    lines += [f"| {name} | " + " | ".join(_cell(column.facts[name]) for column in columns) + " |" for name in names]
+    lines += [
+        f"| {name} | " + " | ".join(_cell(column.facts[name]) for column in columns) + " |" for name in columns[0].facts
+    ]
     for prompt in prompts:
         lines += ["", f"## {_cell(prompt)}"]
         for column in columns:
@@ -180,14 +179,14 @@ def to_markdown(columns: Sequence[Column], prompts: Sequence[str], temperatures:
                 continue
             lines += ["", f"Perplexity of the prompt: {column.perplexity[prompt]:.2f} per byte."]
             for temperature in temperatures:
-                given = column.replies[prompt, temperature]
-                fence = "`" * max(3, 1 + _longest_run(given.answer.text))
-                lines += ["", f"Temperature {temperature:g} ({_how(given)}):", "", fence, given.answer.text, fence]
+                reply = column.replies[prompt, temperature]
+                fence = "`" * max(3, 1 + max(map(len, re.findall("`+", reply.answer.text)), default=0))
+                lines += ["", f"Temperature {temperature:g} ({reply}):", "", fence, reply.answer.text, fence]
     return "\n".join(lines) + "\n"
 
 
 def to_html(columns: Sequence[Column], prompts: Sequence[str], temperatures: Sequence[float]) -> str:
-    """The comparison as one page without scripts or anything to fetch."""
+    """The comparison as one page without scripts or external files."""
     cards = "".join(_card(column) for column in columns)
     sections = "".join(_section(prompt, columns, temperatures) for prompt in prompts)
     return (
@@ -195,9 +194,9 @@ def to_html(columns: Sequence[Column], prompts: Sequence[str], temperatures: Seq
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Models side by side</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f'<h1>Models side by side</h1>\n<div class="row" style="--n: {len(columns)}">{cards}</div>\n{sections}'
-        "<footer>Perplexity per byte: how many bytes a model wavers between on average, over the prompt's UTF-8 text; "
-        "it compares models whose tokenizers differ. Tokens per second: one answer at a time, its prompt's reading "
-        "counted, compilation not. Made by gptjax.</footer>\n</body>\n</html>\n"
+        "<footer>Perplexity per byte: the exponential of the model's loss on the prompt, in nats per UTF-8 byte; it is "
+        "comparable between tokenizers. Tokens per second: one answer at a time, with reading the prompt but without "
+        "compilation. Made by gptjax.</footer>\n</body>\n</html>\n"
     )
 
 
@@ -222,27 +221,16 @@ def _answers(prompt: str, column: Column, temperatures: Sequence[float]) -> str:
         return f'<div class="card">{head}<p class="problem">{html.escape(column.problems[prompt])}</p></div>'
     body = f'<p class="small">perplexity of the prompt: {column.perplexity[prompt]:.2f} per byte</p>'
     for temperature in temperatures:
-        given = column.replies[prompt, temperature]
-        begin = "" if column.facts["asked as"] == "a chat" else f'<span class="prompt">{html.escape(prompt)}</span>'
-        body += (
-            f'<p class="small"><b>temperature {temperature:g}</b> · {_how(given)}</p>'
-            f"<pre>{begin}{html.escape(given.answer.text)}</pre>"
-        )
+        reply = column.replies[prompt, temperature]
+        begin = "" if column.facts["asked as"] == CHAT else f'<span class="prompt">{html.escape(prompt)}</span>'
+        body += f'<p class="small"><b>temperature {temperature:g}</b> · {reply}</p>'
+        body += f"<pre>{begin}{html.escape(reply.answer.text)}</pre>"
     return f'<div class="card">{head}{body}</div>'
 
 
-def _how(given: Reply) -> str:
-    end = "ended by itself" if given.answer.ended else "cut off"
-    return f"{len(given.answer.tokens)} tokens, {end}, {given.tokens_per_second:,.0f} tokens/s"
-
-
 def _cell(text: str) -> str:
-    """Text in Markdown, and in a cell of its tables."""
+    """Text escaped for Markdown, also in a cell of a table."""
     return text.replace("<", "\\<").replace("|", "\\|")
-
-
-def _longest_run(text: str) -> int:
-    return max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
 
 
 _STYLE = """

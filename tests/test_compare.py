@@ -115,8 +115,8 @@ def in_process():
         patch.setattr(
             chat,
             "render",
-            lambda template, messages, variables, add_generation_prompt: chat._text(
-                template, {**variables, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
+            lambda template, messages, variables: chat._text(
+                template, {**variables, "messages": list(messages), "add_generation_prompt": True}
             ),
         )
         yield
@@ -354,10 +354,10 @@ def test_a_system_prompt_is_for_chat_models(instruct, run):
     [
         (["--prompts", "nowhere.txt"], "cannot read prompts=nowhere.txt"),
         (["--prompts", "."], "cannot read prompts=."),
-        (["--prompts", "empty.txt"], "prompts=empty.txt has no prompt in it"),
-        (["--prompts", "blank.txt"], "prompts=blank.txt has no prompt in it"),
+        (["--prompts", "empty.txt"], "prompts=empty.txt has no prompts"),
+        (["--prompts", "blank.txt"], "prompts=blank.txt has no prompts"),
         (["--prompts", "latin.txt"], "cannot read prompts=latin.txt"),
-        (["--temperature", "0", "-1"], "temperature=(0.0, -1.0) has a negative one"),
+        (["--temperature", "0", "-1"], "temperature=(0.0, -1.0) has a negative value"),
         (["--max_new_tokens", "0"], "max_new_tokens=0 is not positive"),
         (["--seed", "-1"], "seed=-1 is not in"),
         (["no such model"], "'no such model' does not exist"),

@@ -357,7 +357,7 @@ GOOD = {"hellaswag": '{"ctx": "a", "endings": ["b", "c"], "label": 0}', "lambada
 def test_a_line_that_is_no_question_is_named(folder, tmp_path, task, line):
     path = tmp_path / "questions.jsonl"
     path.write_text(f"{GOOD[task]}\n\n{line}\n{GOOD[task]}\n")
-    with pytest.raises(UserError, match=rf"questions\.jsonl, line 3, is no question of {task}"):
+    with pytest.raises(UserError, match=rf"questions\.jsonl, line 3, is not a question of {task}"):
         main([str(folder), f"--{task}", str(path)])
 
 

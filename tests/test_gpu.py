@@ -10,7 +10,8 @@ import pytest
 
 from gptjax.attention import causal_attention, sequence_attention
 from gptjax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from gptjax.inference.generate import Sampling, generate
+from gptjax.inference.generate import generate
+from gptjax.inference.sampling import Sampling
 from gptjax.sharding import batch_sharding, make_mesh
 from gptjax.training import compile_steps
 

@@ -15,8 +15,8 @@ from gptjax.export import main
 from gptjax.hub.families import draw_params, path_of
 from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import merge_lora
-from gptjax.inference.generate import Sampling
 from gptjax.inference.language_model import LanguageModel
+from gptjax.inference.sampling import Sampling
 from gptjax.model import GPT
 from gptjax.optimizer import freeze
 from gptjax.planning.hlo_cost import Program

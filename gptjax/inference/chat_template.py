@@ -1,4 +1,4 @@
-"""A Hugging Face chat template, rendered as by `transformers`, in a process that a hostile template cannot leave."""
+"""Hugging Face chat templates, rendered as `transformers` does, in a child process that confines hostile ones."""
 
 import contextlib
 import json
@@ -17,22 +17,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
 from gptjax.errors import UserError
+from gptjax.files import read_json
 
-_MEMORY = 1 << 30  # bytes that a template's process may map
-_LONGEST = 1 << 24  # characters of a conversation; no model reads that many
-_WAY_OUT = "talk to the model without it: sample.py with --prompt instead of --chat"
-# Isolated (-I), so that no module of the current folder runs, and with the parent's idea of where modules are.
+_MEMORY = 1 << 30  # bytes that the child process may map
+_LONGEST = 1 << 24  # characters of a rendered conversation, far more than any model reads
+# Isolated (-I) from modules in the current folder, with the parent's module search path.
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from gptjax.inference.chat_template import _serve; _serve()"
-# Python and jinja2 import some modules when they first need them, which comes too late once files are forbidden.
+# Python and jinja2 import some modules on first use, which fails once opening files is forbidden: use them before.
 _WARM_UP = r"{{ 'a\n' | wordwrap | indent | pprint }}{{ lipsum() }}{{ strftime_now('%B') }}{{ raise_exception('') }}"
-# What Python reports to audit hooks while a template runs as it should, and while jinja2 says which line fails.
+# The audit events of a template that runs as it should, and of jinja2 when it looks up the line of an error.
 _HARMLESS = {"builtins.id", "compile", "exec", "code.__new__", "object.__getattr__"}
 
 
 def find_template(folder: Path) -> str | None:
-    """The chat template of a folder with a tokenizer, which is in chat_template.jinja or in tokenizer_config.json.
+    """The chat template in a folder's chat_template.jinja, or else in its tokenizer_config.json.
 
-    Of several in one file the one named "default". Raises `UserError` for a file that can't be read.
+    Of several in one file it is the one named "default". Raises `UserError` for a file that is not readable.
     """
     path = folder / "chat_template.jinja"
     if path.exists():
@@ -40,7 +40,7 @@ def find_template(folder: Path) -> str | None:
             return path.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 at byte {error.start}: download it again") from error
-    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    template = _read(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[-1].get("template") if named else None
@@ -48,35 +48,30 @@ def find_template(folder: Path) -> str | None:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """The texts of bos_token, eos_token, unk_token and pad_token, of those that the folder's tokenizer has.
+    """The texts of bos_token, eos_token, unk_token and pad_token, where the folder's tokenizer has them.
 
-    A null in tokenizer_config.json means that there is none. Raises `UserError` for a file that can't be read.
+    A null in tokenizer_config.json means that there is none. Raises `UserError` for a file that is not readable.
     """
-    tokens = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-    texts = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = tokens.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            texts[name] = text
-    return texts
+    tokens = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
+    found = {name: tokens.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
 
 
 def render(
-    template: str,
-    messages: Sequence[dict[str, str]],
-    variables: dict[str, str],
-    *,
-    add_generation_prompt: bool,
-    timeout: float = 10.0,
+    template: str, messages: Sequence[dict[str, str]], special_tokens: dict[str, str], timeout: float = 10.0
 ) -> str:
-    """The text of a conversation; `variables` has the special tokens, and `timeout` is in seconds.
+    """The text of a conversation, up to where the assistant's answer begins; `timeout` is in seconds.
 
-    The template runs in a child process, in jinja2's sandbox, with little time and memory, and can open no file.
-    Where there is no `resource` module, as on Windows, only time is limited. Raises `UserError` if it fails.
+    The template runs in a child process, in jinja2's sandbox, with limited time and memory and no access to files.
+    On Windows, which has no `resource` module, only time is limited. Raises `UserError` if the template fails.
     """
-    values = {**variables, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
-    request = {"template": template, "values": values | {"tools": None, "documents": None}, "timeout": timeout}
+    values = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "documents": None}
+    request = {"template": template, "values": values | special_tokens, "timeout": timeout}
     paths = [path for path in sys.path if path] + [str(Path(__file__).parents[2])]
     command = [sys.executable, "-I", "-c", _CHILD, *paths]
     try:
@@ -92,25 +87,13 @@ def render(
     return answer["text"]
 
 
-def _failure(what: str) -> UserError:
-    printable = "".join(character if character.isprintable() else " " for character in what)  # ESC commands terminals
-    return UserError(f"the chat template {' '.join(printable.split())[:300].rstrip(' .:')}; {_WAY_OUT}")
+def _failure(reason: str) -> UserError:
+    printable = "".join(character if character.isprintable() else " " for character in reason)  # no terminal commands
+    reason = " ".join(printable.split())[:300].rstrip(" .:")
+    return UserError(f"the chat template {reason}; prompt the model without it: sample.py with --prompt, not --chat")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, or an empty one where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
-        raise UserError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: download it again")
-    return content
-
-
-# The child
+# What follows runs in the child process.
 
 
 def _serve() -> None:
@@ -129,18 +112,18 @@ def _serve() -> None:
 
 
 def _confine(timeout: float) -> None:
-    """Limit memory, and processor time in case that the parent dies, and forbid what a template has no need for."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # no such module, no such limit, or a lower one
+    """Limit memory and, in case the parent dies, processor time; then forbid all that a template does not need."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # no such module, no such limit, or a lower limit
         import resource
 
         resource.setrlimit(resource.RLIMIT_CPU, (int(timeout) + 2,) * 2)
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
 
     def forbid(event: str, arguments: Any) -> None:
-        if event not in _HARMLESS and not event.startswith("cpython."):  # those are the interpreter's end
+        if event not in _HARMLESS and not event.startswith("cpython."):  # the interpreter's exit
             raise SecurityError(event)
 
-    sys.addaudithook(forbid)  # a second wall, if the sandbox has a hole
+    sys.addaudithook(forbid)  # a second barrier if the sandbox fails
 
 
 def _text(template: str, values: Mapping[str, Any]) -> str:
@@ -161,7 +144,7 @@ def _text(template: str, values: Mapping[str, Any]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong and in which line, to go on after "the chat template"."""
+    """The error and its line, as the continuation of "the chat template"."""
     message = str(error)[:1000]
     if isinstance(error, _Refusal):
         return message
@@ -170,12 +153,12 @@ def _reason(error: Exception) -> str:
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
     where = f" in line {lines[-1]}" if lines else ""
     if isinstance(error, SecurityError):
-        return f"tries{where} what is forbidden: {message}"
+        return f"is not allowed{where} to do this: {message}"
     return f"fails{where}: {message if isinstance(error, TemplateError) else f'{type(error).__name__}: {message}'}"
 
 
 class _Refusal(TemplateError):
-    """The template, or the limit on its text, rejects a conversation."""
+    """The template or the limit on its length rejects a conversation."""
 
 
 def _refuse(message: object) -> None:
@@ -185,12 +168,12 @@ def _refuse(message: object) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """`json.dumps`, where jinja2's own filter escapes what HTML must escape."""
+    """`json.dumps`; jinja2's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Dict:
-    """The function `dict` and its `fromkeys`, without the rest of a class."""
+    """The constructor `dict` and `dict.fromkeys`, without the class's other attributes."""
 
     fromkeys = staticmethod(dict.fromkeys)
 
@@ -199,7 +182,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """jinja2's, without names that mean something to Python."""
+    """jinja2's namespace, without names that are special to Python."""
 
     def __init__(self, /, *arguments: Any, **items: Any) -> None:
         super().__init__()
@@ -213,7 +196,7 @@ class _Namespace(Namespace):
 
 
 class _Generation(Extension):
-    """{% generation %}, which marks what the model has said: here it's only a scope."""
+    """{% generation %}, which marks the model's own text for training: here it is only a scope."""
 
     tags = {"generation"}
 

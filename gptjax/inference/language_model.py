@@ -1,5 +1,6 @@
-"""A model to talk to: a run of gptjax, a Hugging Face folder or nanoGPT's ckpt.pt, with its tokenizer and manners."""
+"""A language model to prompt, chat with and score texts by: weights, tokenizer, chat template, default sampling."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,180 +19,173 @@ from gptjax.hub.families import draw_params
 from gptjax.hub.weights import load_params, locate, merge_lora, open_weights, tokenizer_of
 from gptjax.inference import chat_template as chat
 from gptjax.inference.decoder import hidden, lay_out, logits
-from gptjax.inference.generate import Ids, Memory, Sampling, generate
+from gptjax.inference.generate import PrefixCache, generate, padded_length
 from gptjax.inference.quantize import quantize
-from gptjax.inference.speculative import Decoder, speculate
-from gptjax.matmul import Int8
+from gptjax.inference.sampling import Sampling, TokenIds, log_probs_of
+from gptjax.inference.speculative import speculate
 from gptjax.resolve import resolve
 from gptjax.run_dir import holds_run, load_run, trained_tokens
 from gptjax.sharding import one_device, with_shardings
 from gptjax.tokenizer import TextStream, Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "int8"]
-_SCORED_LOGITS = 1 << 26  # logits in one batch of a score: 256 MiB
+Which = Literal["best", "latest"]
+# The help texts of the commands that load a model.
+MODEL_HELP = "a run's folder, a Hugging Face folder, a model's name on the Hugging Face hub, or nanoGPT's ckpt.pt"
+CHECKPOINT_HELP = "of a run: the checkpoint with the best validation loss, or the latest"
+DTYPE_HELP = (
+    "of activations, and of weights that are not from a run; int8: weights in int8, activations as with auto; "
+    "auto: float32 on CPU, elsewhere the run's own or bfloat16"
+)
+_SCORED_LOGITS = 1 << 26  # logits in one batch of `score`: 256 MiB
 
 
 @dataclass
 class Answer:
-    """What follows a prompt, so far: `text` ends before the stop string or stop token that ended it, if one did."""
+    """The continuation of a prompt so far. `text` ends before the stop string or stop token that ended it, if any."""
 
     text: str = ""
-    tokens: list[int] = field(default_factory=list)  # that were drawn, the stop token not among them
-    log_probs: list[float] = field(default_factory=list)  # of these tokens, in nats, by the model before any rule
+    tokens: list[int] = field(default_factory=list)  # without the stop token
+    log_probs: list[float] = field(default_factory=list)  # of each token, in nats, before any sampling rule
     ended: bool = False
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Weights on the first device, and what it takes to talk to them."""
+    """A model on the first device, with its tokenizer and the settings that its makers published with it."""
 
     name: str
     config: ModelConfig
     params: Any
     tokenizer: Tokenizer
-    template: str | None  # of a chat, in Jinja
-    variables: dict[str, str]  # the template's: special tokens by name
+    template: str | None  # the chat template, in Jinja
+    special_tokens: dict[str, str]  # the chat template's, by name: bos_token, eos_token, ...
     stop_tokens: frozenset[int]
-    defaults: dict[str, Any]  # how its makers sample from it, of temperature, top_k, top_p and repetition_penalty
-    train_tokens: int | None  # that it was trained on, None where that is not known
+    defaults: dict[str, Any]  # its makers' temperature, top_k, top_p and repetition_penalty, where they state them
+    train_tokens: int | None  # tokens that it was trained on, None if unknown
     folder: Path
 
     @classmethod
-    def load(cls, name: str, which: Literal["best", "latest"] = "best", dtype: Dtype = "auto") -> "LanguageModel":
-        """The model in a run's or a Hugging Face folder, in a ckpt.pt of nanoGPT, or of a name on the hub.
+    def load(cls, name: str, which: Which = "best", dtype: Dtype = "auto") -> "LanguageModel":
+        """The model in a run's folder, a Hugging Face folder or nanoGPT's ckpt.pt, or of that name on the hub.
 
-        A run's weights are float32, others have the `dtype` of activations; "auto" is float32 on CPU, where a token
-        takes longer in bfloat16, and on GPU and TPU a run's own, else bfloat16. "int8" is auto with the weights rounded
-        to int8.
+        A run's weights are float32, all others have the `dtype` of activations. "auto" is float32 on a CPU, where it
+        is faster than bfloat16 for a single token, and elsewhere a run's own dtype or bfloat16. "int8" is "auto" with
+        weights rounded to int8.
 
         Raises:
             UserError: there is no such model, or it is damaged.
         """
         path = locate(name)
-
-        def chosen(config: ModelConfig) -> ModelConfig:
-            if dtype == "float32" or dtype == "bfloat16":
-                return replace(config, dtype=dtype)
-            return resolve(config, jax.default_backend(), training=False)
-
+        folder = path if path.is_dir() else path.parent
         if holds_run(path):
             run, params, tokenizer = load_run(path, which)
-            config, seen = chosen(run.model), None if run.init_from else trained_tokens(path, which)
+            config, train_tokens = _with_dtype(run.model, dtype), None if run.init_from else trained_tokens(path, which)
         else:
-            weights, seen = open_weights(path), None
-            config = chosen(weights.config)
-            tokenizer = Tokenizer.from_name_or_path(tokenizer_of(path, config))
-            abstract = jax.eval_shape(lambda: draw_params(config, 0))
-            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.dtype), abstract)
-            params = load_params(weights, config, with_shardings(one_device(), abstract))
-            if tokenizer.vocab_size > config.vocab_size:
-                raise UserError(
-                    f"{path / 'tokenizer.json'} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
-                    "they do not belong together"
-                )
-        folder = path if path.is_dir() else path.parent
+            config, params, tokenizer = _load_weights(path, dtype)
+            train_tokens = None
         config, params = merge_lora(config, params)
-        if dtype == "int8":
-            params = quantize(params)
-        variables = chat.special_tokens(folder)
-        stops, defaults = _manners(folder, tokenizer, variables)
-        template = chat.find_template(folder)
-        shown = path.resolve().name if Path(name).expanduser().exists() else name  # on the hub's cache, a checksum
-        return cls(shown, config, params, tokenizer, template, variables, stops, defaults, seen, folder)
+        params = quantize(params) if dtype == "int8" else params
+        template, special_tokens = chat.find_template(folder), chat.special_tokens(folder)
+        stops, defaults = _read_generation_config(folder / "generation_config.json")
+        stops |= {tokenizer.token_id(special_tokens.get("eos_token", "")), tokenizer.end_of_text}
+        stop_tokens = frozenset(token for token in stops if token is not None)
+        shown = path.resolve().name if Path(name).expanduser().exists() else name  # the hub's folders are checksums
+        return cls(
+            shown, config, params, tokenizer, template, special_tokens, stop_tokens, defaults, train_tokens, folder
+        )
 
     def for_sampling(self) -> "LanguageModel":
-        """The same with its parameters as a CPU reads them fastest, token by token."""
+        """The model with its parameters in the layout that a CPU decodes fastest from."""
         return replace(self, params=lay_out(self.params)) if jax.default_backend() == "cpu" else self
 
     @property
     def n_params(self) -> int:
-        """Trained numbers: the padding of the vocabulary is none."""
-        padding = self.config.padded_vocab_size - self.config.vocab_size
-        padded = 1 if self.config.tied_head else 2
-        leaves = jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, Int8))
-        weights = sum((leaf.weights if isinstance(leaf, Int8) else leaf).size for leaf in leaves)
-        return weights - padded * padding * self.config.n_embd
+        """The number of parameters, without the padding of the vocabulary."""
+        shapes = jax.tree.leaves(jax.eval_shape(lambda: draw_params(self.config, 0)))
+        n_padded = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(math.prod(leaf.shape) for leaf in shapes) - n_padded * (1 if self.config.tied_head else 2)
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> Ids:
-        """The ids of a conversation ({"role": ..., "content": ...}), up to where the assistant's answer begins.
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> TokenIds:
+        """The ids of a conversation of {"role": ..., "content": ...}, up to where the assistant's answer begins.
 
         Raises:
-            UserError: the model has no chat template, or it fails.
+            UserError: the model has no chat template, or the template fails.
         """
         if self.template is None:
-            raise UserError(
-                f"{self.name} has no chat template, so it is no chat model; pass --prompt instead of --chat"
-            )
-        text = chat.render(self.template, messages, self.variables, add_generation_prompt=True)
+            raise UserError(f"{self.name} is not a chat model: it has no chat template; pass --prompt, not --chat")
+        text = chat.render(self.template, messages, self.special_tokens)
         if not text:
-            raise UserError(f"the chat template of {self.name} makes nothing of a conversation; pass --prompt instead")
+            raise UserError(f"the chat template of {self.name} makes an empty text; pass --prompt instead of --chat")
         return self.tokenizer.encode(text, special=True)
 
-    def start(self) -> Ids:
-        """What stands before a text that begins: the tokenizer's own mark, or the last text's end, or a new line."""
+    def start(self) -> TokenIds:
+        """The ids before the first token of a text.
+
+        The tokenizer's own prefix, else the token that begins or ends a text, else a new line.
+        """
         if len(self.tokenizer.begin):
             return self.tokenizer.begin
-        ends = [self.tokenizer.token_id(self.variables.get(name, "")) for name in ("bos_token", "eos_token")]
-        known = [token for token in ends if token is not None]
+        ids = [self.tokenizer.token_id(self.special_tokens.get(name, "")) for name in ("bos_token", "eos_token")]
+        known = [token for token in ids if token is not None]
         return np.array(known[:1], np.int32) if known else self.tokenizer.prompt()
 
     def answer(
         self,
-        prompts: Sequence[Ids],
+        prompts: Sequence[TokenIds],
         max_new_tokens: int,
         sampling: Sampling,
         seeds: Sequence[int],
         stop: Sequence[str] = (),
-        memory: Memory | None = None,
+        prefix: PrefixCache | None = None,
         draft: "LanguageModel | None" = None,
     ) -> Iterator[list[Answer]]:
-        """The same answers again and again, one to each prompt, as they grow, until all have ended or are long enough.
+        """Yield the answers, one for each prompt, again and again as they grow.
 
-        Text that may yet turn out to be the beginning of a stop string is held back until the end. With a draft there
-        is one prompt, and no use of the memory.
+        Text that may yet turn out to be the beginning of a stop string is held back. A draft model speculates for a
+        single prompt and does not use the prefix cache.
 
         Raises:
             UserError: the draft has other tokens.
         """
-        rows = [_Row(Answer(), TextStream(self.tokenizer, prompt[-16:])) for prompt in prompts]
+        rows = [AnswerBuilder(TextStream(self.tokenizer, prompt[-16:]), self.stop_tokens, stop) for prompt in prompts]
         if draft is None:
-            chunks = generate(self.config, self.params, prompts, max_new_tokens, sampling, seeds, memory)
+            chunks = generate(self.config, self.params, prompts, max_new_tokens, sampling, seeds, prefix)
         else:
             self.require_same_tokens(draft)
-            own, guesses = [Decoder(model.config, model.params) for model in (self, draft)]
-            chunks = speculate(own, guesses, prompts[0], max_new_tokens, sampling, seeds[0])
+            models = (self.config, self.params, draft.config, draft.params)
+            chunks = speculate(*models, prompts[0], max_new_tokens, sampling, seeds[0])
         for chunk in chunks:
             for row, tokens, log_probs in zip(rows, *chunk, strict=True):
-                row.feed(tokens.tolist(), log_probs.tolist(), self.stop_tokens, stop)
+                row.add(tokens.tolist(), log_probs.tolist())
             if all(row.answer.ended for row in rows):
                 break
             yield [row.answer for row in rows]
         for row in rows:
-            row.finish(stop)
+            row.finish()
         yield [row.answer for row in rows]
 
     def require_same_tokens(self, draft: "LanguageModel") -> None:
-        """Raise `UserError` where a draft's ids mean something else."""
+        """Raise `UserError` if a draft's ids stand for other tokens."""
         if draft.tokenizer.vocabulary() != self.tokenizer.vocabulary():
-            raise UserError(f"draft={draft.name} cannot guess for {self.name}: they have different tokens")
+            raise UserError(f"draft={draft.name} has other tokens than {self.name}; pass one with the same tokenizer")
 
-    def score(self, texts: Sequence[tuple[Ids, Ids]]) -> list[tuple[Float[np.ndarray, " T"], Bool[np.ndarray, " T"]]]:
-        """For each (context, continuation): log-probabilities in nats of the continuation's tokens, and which of them
-        are the likeliest.
-
-        A text is cut in front to block_size + 1 tokens.
+    def score(
+        self, texts: Sequence[tuple[TokenIds, TokenIds]]
+    ) -> list[tuple[Float[np.ndarray, " T"], Bool[np.ndarray, " T"]]]:
+        """For each (context, continuation), of the continuation's tokens: their log-probabilities (nats), and whether
+        each is the likeliest token. Only a text's last block_size + 1 tokens are read.
 
         Raises:
-            UserError: a continuation leaves none of these to its context.
+            UserError: a continuation leaves no room for a token of its context.
         """
-        scored: list[Any] = [None] * len(texts)
+        block_size, scored = self.config.block_size, list[Any]([None] * len(texts))
         order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
         while order:
-            longest = min(sum(map(len, texts[order[-1]])), self.config.block_size + 1) - 1
-            width = min(max(32, 1 << (longest - 1).bit_length()), self.config.block_size)
-            rows = max(1, _SCORED_LOGITS // (width * self.config.padded_vocab_size))
-            batch, order = order[-rows:], order[:-rows]
-            windows = [np.concatenate(texts[i])[-self.config.block_size - 1 :] for i in batch]
+            width = padded_length(min(sum(map(len, texts[order[-1]])) - 1, block_size), block_size)
+            n_rows = max(1, _SCORED_LOGITS // (width * self.config.padded_vocab_size))
+            batch, order = order[-n_rows:], order[:-n_rows]
+            windows = [np.concatenate(texts[i])[-block_size - 1 :] for i in batch]
             tokens_BW = np.zeros((1 << (len(batch) - 1).bit_length(), width + 1), np.int32)
             for tokens_W, window in zip(tokens_BW, windows, strict=False):
                 tokens_W[: len(window)] = window
@@ -199,7 +193,7 @@ class LanguageModel:
             for row, (i, window) in enumerate(zip(batch, windows, strict=True)):
                 part = slice(len(window) - 1 - len(texts[i][1]), len(window) - 1)
                 if part.start < 0:
-                    raise UserError(f"a continuation of {len(texts[i][1])} tokens leaves no place for its context")
+                    raise UserError(f"a continuation of {len(texts[i][1])} tokens leaves no room for its context")
                 scored[i] = (log_probs_BT[row, part], likeliest_BT[row, part])
         return scored
 
@@ -208,70 +202,93 @@ class LanguageModel:
 def _score(
     config: ModelConfig, params: Any, tokens_BW: Int[Array, "B W"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Log-probability of each token after the first, and whether it is the likeliest."""
+    """The log-probability of each token after the first, and whether it is the likeliest."""
     logits_BTV = logits(config, params, hidden(config, params, tokens_BW[:, :-1])[0])
     targets_BT = tokens_BW[:, 1:]
-    log_probs_BTV = jax.nn.log_softmax(logits_BTV)
-    log_probs_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
-    return log_probs_BT, jnp.argmax(logits_BTV, axis=-1) == targets_BT
+    return log_probs_of(logits_BTV, targets_BT), jnp.argmax(logits_BTV, axis=-1) == targets_BT
 
 
 @dataclass
-class _Row:
-    """One answer while it grows; `held` is text that may yet belong to a stop string."""
+class AnswerBuilder:
+    """Builds an answer from its tokens; `held` is text that may yet be the beginning of a stop string."""
 
-    answer: Answer
     stream: TextStream
+    stop_tokens: frozenset[int]
+    stop: Sequence[str]
+    answer: Answer = field(default_factory=Answer)
     held: str = ""
 
-    def feed(self, tokens: list[int], log_probs: list[float], ends: frozenset[int], stop: Sequence[str]) -> None:
+    def add(self, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
+        """Add tokens up to the first that ends the answer."""
         for token, log_prob in zip(tokens, log_probs, strict=True):
-            if self.answer.ended:
-                return
-            if token in ends:
-                self._show(self.stream.end(), stop)
-                self.answer.text, self.held = self.answer.text + ("" if self.answer.ended else self.held), ""
+            if token in self.stop_tokens:
+                self.finish()
                 self.answer.ended = True
+            if self.answer.ended:
                 return
             self.answer.tokens.append(token)
             self.answer.log_probs.append(log_prob)
-            self._show(self.stream.feed([token]), stop)
+            self._add_text(self.stream.feed([token]))
 
-    def _show(self, piece: str, stop: Sequence[str]) -> None:
-        """Add to the text what cannot be part of a stop string any more; end it where there is one."""
-        text = self.held + piece
-        found = [(at + len(word), at) for word in stop if (at := text.find(word)) >= 0]
-        if found:  # the one that is whole first, however the text came in pieces
-            self.answer.text, self.held, self.answer.ended = self.answer.text + text[: min(found)[1]], "", True
-            return
-        n_held = max((n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
-        self.answer.text, self.held = self.answer.text + text[: len(text) - n_held], text[len(text) - n_held :]
-
-    def finish(self, stop: Sequence[str]) -> None:
+    def finish(self) -> None:
+        """Add the text that is still held back."""
         if not self.answer.ended:
-            self._show(self.stream.end(), stop)
+            self._add_text(self.stream.end())
             self.answer.text, self.held = self.answer.text + self.held, ""
 
+    def _add_text(self, piece: str) -> None:
+        text = self.held + piece
+        ends = [(start + len(word), start) for word in self.stop if (start := text.find(word)) >= 0]
+        if ends:  # the stop string that is complete first, so the pieces in which a text arrives do not matter
+            n_shown, self.held, self.answer.ended = min(ends)[1], "", True
+        else:
+            prefixes = [word[:n] for word in self.stop for n in range(1, len(word))]
+            n_shown = len(text) - max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
+            self.held = text[n_shown:]
+        self.answer.text += text[:n_shown]
 
-def _manners(folder: Path, tokenizer: Tokenizer, variables: dict[str, str]) -> tuple[frozenset[int], dict[str, Any]]:
-    """The tokens that end an answer, and the sampling rules of generation_config.json."""
-    stops, defaults = {tokenizer.token_id(variables.get("eos_token", "")), tokenizer.end_of_text}, dict[str, Any]()
-    path = folder / "generation_config.json"
-    if path.exists():
-        values = read_json(path)
-        end = values.get("eos_token_id")
-        ends = end if isinstance(end, list) else [] if end is None else [end]
-        kinds: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float}
-        defaults = {name: values[name] for name in kinds if values.get(name) is not None}
-        fits = {name: isinstance(value, int | kinds[name]) and value >= 0 for name, value in defaults.items()}
-        fits |= {"top_p": fits["top_p"] and defaults["top_p"] <= 1} if "top_p" in fits else {}
-        fits |= {"eos_token_id": all(isinstance(token, int) for token in ends)}
-        fits |= {"repetition_penalty": defaults.get("repetition_penalty", 1) != 0} if all(fits.values()) else {}
-        for name, right in fits.items():
-            if not right:
-                raise UserError(f"{path}: {name}={values[name]!r} makes no sense")
-        defaults = {name: kinds[name](value) for name, value in defaults.items()}
-        stops |= set(ends)
-        if values.get("do_sample") is False:
-            defaults["temperature"] = 0.0
-    return frozenset(token for token in stops if token is not None), defaults
+
+def _load_weights(path: Path, dtype: Dtype) -> tuple[ModelConfig, Any, Tokenizer]:
+    """Config, parameters and tokenizer of a Hugging Face folder or nanoGPT's ckpt.pt."""
+    weights = open_weights(path)
+    config = _with_dtype(weights.config, dtype)
+    tokenizer = Tokenizer.from_name_or_path(tokenizer_of(path, config))
+    shapes = jax.eval_shape(lambda: draw_params(config, 0))
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.dtype), shapes)
+    params = load_params(weights, config, with_shardings(one_device(), abstract))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path / 'tokenizer.json'} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
+            "they do not belong together"
+        )
+    return config, params, tokenizer
+
+
+def _with_dtype(config: ModelConfig, dtype: Dtype) -> ModelConfig:
+    if dtype == "float32" or dtype == "bfloat16":
+        return replace(config, dtype=dtype)
+    return resolve(config, jax.default_backend(), training=False)
+
+
+def _read_generation_config(path: Path) -> tuple[set[int | None], dict[str, Any]]:
+    """The stop tokens and the sampling rules of a generation_config.json; none if there is no such file."""
+    values = read_json(path) if path.exists() else {}
+    ends = values.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(token, int) for token in ends):
+        raise UserError(f"{path}: eos_token_id={ends!r} is not a token's id or a list of them")
+    limits: dict[str, tuple[Any, float, float]] = {
+        "temperature": (float, 0, math.inf),
+        "top_k": (int, 0, math.inf),
+        "top_p": (float, 0, 1),
+        "repetition_penalty": (float, 1e-6, math.inf),
+    }
+    defaults = {}
+    for name, (kind, least, most) in limits.items():
+        if (value := values.get(name)) is not None:
+            if not isinstance(value, int | kind) or not least <= value <= most:
+                raise UserError(f"{path}: {name}={value!r} is not a number from {least} to {most}; correct it")
+            defaults[name] = kind(value)
+    if values.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return set(ends), defaults

@@ -1,15 +1,14 @@
-"""Speculative decoding: a small model proposes tokens, the large one checks them all in one pass.
+"""Speculative decoding: a small draft model proposes tokens, and the large model checks them all in one pass.
 
-What is drawn has exactly the large model's distribution, whatever the small one proposes; the better it guesses, the
-faster. Sources: "Fast Inference from Transformers via Speculative Decoding" (Leviathan et al., 2023), algorithm 1;
+The tokens have exactly the large model's distribution, whatever the draft proposes; a better draft is only faster.
+Sources: "Fast Inference from Transformers via Speculative Decoding" (Leviathan et al., 2023), algorithm 1;
 "Accelerating Large Language Model Decoding with Speculative Sampling" (Chen et al., 2023), algorithm 2.
-Shape suffixes as in model.py; K is the number of proposals, and rows are one.
+Shape suffixes as in model.py; K is the number of proposals, k is K + 1. There is one row.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,134 +17,115 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import ModelConfig
 from gptjax.inference.decoder import Cache, hidden, init_cache, logits
-from gptjax.inference.generate import Chunk, Ids, Sampling, apply_rules, prefill, see, seen
+from gptjax.inference.generate import Chunk, read
+from gptjax.inference.sampling import Sampling, TokenIds, apply_rules, log_probs_of, mark_seen, seen_tokens
 
 PROPOSALS = 4  # in a round
 
 
-class Decoder(NamedTuple):
-    """A model to draw from."""
-
-    config: ModelConfig
-    params: Any
-
-
 def speculate(
-    model: Decoder,
-    draft: Decoder,
-    prompt: Ids,
+    config: ModelConfig,
+    params: Any,
+    draft_config: ModelConfig,
+    draft_params: Any,
+    prompt: TokenIds,
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
-    proposals: int = PROPOSALS,
 ) -> Iterator[Chunk]:
-    """The tokens that follow a prompt, a few at a time, distributed as those of `generate`.
+    """Yield the tokens that follow a prompt, a few at a time, with the distribution that `generate` draws from.
 
-    The two models have the same tokens.
+    Both models must have the same tokens.
     """
-    block_size, temperature = model.config.block_size, jnp.float32(sampling.temperature)
-    rules, key, n_new = replace(sampling, temperature=1.0), jax.random.key(np.uint32(seed)), 0
+    models, block_size = [(config, params), (draft_config, draft_params)], config.block_size
+    key, caches, n_drawn = jax.random.key(np.uint32(seed)), None, 0
+    seen_1V = seen_tokens(sampling, [prompt], config.vocab_size)
     text = np.asarray(prompt, np.int32)[-block_size:]
-    seen_V = seen([prompt], model.config.padded_vocab_size)[0] if rules.repetition_penalty != 1 else None
-    while n_new < max_new_tokens:
-        caches = [_read(decoder, text[:-1], block_size + proposals + 1) for decoder in (model, draft)]
-        while len(text) <= block_size and n_new < max_new_tokens:
-            last, position = jnp.asarray(text[-1:]), jnp.int32(len(text) - 1)
-            *caches, tokens, log_probs, n_drawn = _round(
-                (model.config, draft.config),
-                (model.params, draft.params),
-                tuple(caches),
-                last,
-                position,
-                seen_V,
-                jax.random.fold_in(key, n_new),
-                temperature,
-                rules,
-                proposals,
-            )
-            n_kept = min(int(n_drawn), block_size + 1 - len(text), max_new_tokens - n_new)
-            new = np.asarray(tokens)[:n_kept]
-            text, n_new = np.append(text, new), n_new + n_kept
-            seen_V = None if seen_V is None else seen_V.at[new].set(True)
-            yield Chunk(new[None], np.asarray(log_probs)[None, :n_kept])
-        text = text[-max(block_size // 2, 1) :]
+    while n_drawn < max_new_tokens:
+        if caches is None:
+            empty = [init_cache(*model, 1, block_size + PROPOSALS + 1) for model in models]
+            caches = tuple(read(*model, cache, [text[:-1]])[0] for model, cache in zip(models, empty, strict=True))
+        last_1, position_1 = jnp.asarray(text[-1:]), jnp.array([len(text) - 1], jnp.int32)
+        caches, tokens_k, log_probs_k, n_new = speculate_once(
+            *zip(*models, strict=True), caches, last_1, position_1, seen_1V, jax.random.fold_in(key, n_drawn), sampling
+        )
+        n_kept = min(int(n_new), block_size + 1 - len(text), max_new_tokens - n_drawn)
+        new = np.asarray(tokens_k)[:n_kept]
+        text, n_drawn = np.append(text, new), n_drawn + n_kept
+        seen_1V = None if seen_1V is None else seen_1V.at[0, new].set(True)
+        yield Chunk(new[None], np.asarray(log_probs_k)[None, :n_kept])
+        if len(text) > block_size:  # as in `generate`: the last half is read again
+            text, caches = text[-max(block_size // 2, 1) :], None
 
 
-def _read(decoder: Decoder, tokens: Ids, size: int) -> Cache:
-    """A cache of `size` places with these tokens in it."""
-    cache = init_cache(decoder.config, decoder.params, 1, size)
-    padded = np.zeros((1, min(max(32, 1 << max(len(tokens) - 1, 0).bit_length()), size)), np.int32)
-    padded[0, : len(tokens)] = tokens
-    start, length = jnp.zeros(1, jnp.int32), jnp.full(1, max(len(tokens), 1), jnp.int32)
-    return prefill(decoder.config, decoder.params, cache, jnp.asarray(padded), start, length)[0]
-
-
-@partial(jax.jit, static_argnames=("configs", "rules", "proposals"), donate_argnames="caches")
-def _round(
+@partial(jax.jit, static_argnames="configs", donate_argnames="caches")
+def speculate_once(
     configs: tuple[ModelConfig, ModelConfig],
     params: tuple[Any, Any],
     caches: tuple[Cache, Cache],
     last_1: Int[Array, "1"],
-    position: Int[Array, ""],
-    seen_V: Bool[Array, " V"] | None,
+    position_1: Int[Array, "1"],
+    seen_1V: Bool[Array, "1 V"] | None,
     key: Key[Array, ""],
-    temperature: Float[Array, ""],
-    rules: Sampling,
-    proposals: int,
+    sampling: Sampling,
 ) -> Any:
-    """Propose, check, and draw one token more: both caches, the tokens [K + 1], log-probabilities, how many are drawn.
+    """One round: the draft proposes K tokens, some of them are accepted, and one more is drawn.
 
-    The text's last token, which no cache has yet, stands at `position`.
+    `last_1` is the text's last token, which neither cache holds yet, and `position_1` its position.
+    Returns both caches, the tokens [K + 1], their log-probabilities, and how many of them are valid.
     """
-    (model, draft), (params, draft_params), (cache, draft_cache) = configs, params, caches
-    propose_key, accept_key, extra_key = jax.random.split(key, 3)
+    vocab_size = configs[0].vocab_size
+    keys_3 = jax.random.split(key, 3)
 
     def propose(carry: Any, i: jax.Array) -> Any:
-        token_1, draft_cache, seen_1V = carry
-        x_11D, draft_cache = hidden(draft, draft_params, token_1[None], draft_cache, (position + i)[None])
-        logits_1V = logits(draft, draft_params, x_11D)[0]
-        known_1V = jnp.arange(logits_1V.shape[1])[None] < model.vocab_size
-        logits_1V = jnp.where(known_1V, logits_1V, -jnp.inf)
-        probs_1V = _probabilities(logits_1V, _of_width(seen_1V, logits_1V.shape[1]), temperature, rules)
-        drawn_1 = jax.random.categorical(jax.random.fold_in(propose_key, i), jnp.log(probs_1V)).astype(jnp.int32)
-        return (drawn_1, draft_cache, see(seen_1V, drawn_1)), (drawn_1[0], probs_1V[0])
+        token_1, cache, seen_1V = carry
+        logits_1V, cache = _next_logits(configs[1], params[1], token_1, cache, position_1 + i, vocab_size)
+        probs_1V = _probabilities(logits_1V, seen_1V, sampling)
+        token_1 = jax.random.categorical(jax.random.fold_in(keys_3[0], i), jnp.log(probs_1V)).astype(jnp.int32)
+        return (token_1, cache, mark_seen(seen_1V, token_1)), (token_1[0], probs_1V[0], seen_1V)
 
-    # One more than is proposed, so that the draft's cache has the last proposal too.
-    seen_1V = None if seen_V is None else seen_V[None]
-    (_, draft_cache, _), (drawn_k, guess_kV) = jax.lax.scan(
-        propose, (last_1, draft_cache, seen_1V), jnp.arange(proposals + 1)
+    # The last of the K + 1 steps only writes proposal K to the draft's cache.
+    (_, draft_cache, _), (drawn_k, draft_kV, seen_k1V) = jax.lax.scan(
+        propose, (last_1, caches[1], seen_1V), jnp.arange(PROPOSALS + 1)
     )
-    proposed_K, guess_KV = drawn_k[:-1], guess_kV[:-1]
-    x_1kD, cache = hidden(model, params, jnp.concatenate([last_1, proposed_K])[None], cache, position[None])
-    logits_kV = logits(model, params, x_1kD)[0]
-    if seen_1V is not None:  # at each place the proposals before it too
-        later_KV = jnp.cumsum(jax.nn.one_hot(proposed_K, seen_1V.shape[1], dtype=jnp.int32), axis=0) > 0
-        seen_1V = jnp.concatenate([seen_1V, seen_1V | later_KV])
-    n_ids = max(logits_kV.shape[1], guess_KV.shape[1])  # vocabularies may be padded to other sizes
-    probs_kV = _of_width(_probabilities(logits_kV, seen_1V, temperature, rules), n_ids)
-    guess_kV = _of_width(jnp.pad(guess_KV, ((0, 1), (0, 0))), n_ids)  # none is proposed after the last
+    read_k = jnp.append(last_1, drawn_k[:-1])
+    logits_kV, cache = _next_logits(configs[0], params[0], read_k, caches[0], position_1, vocab_size)
+    probs_kV = _probabilities(logits_kV, None if seen_k1V is None else seen_k1V[:, 0], sampling)
+    tokens_k, n_new = accept(probs_kV, draft_kV[:-1], drawn_k[:-1], keys_3[1:])
+    return (cache, draft_cache), tokens_k, log_probs_of(logits_kV, tokens_k), n_new
 
-    own_K, guessed_K = [jnp.take_along_axis(p[:-1], proposed_K[:, None], axis=1)[:, 0] for p in (probs_kV, guess_kV)]
-    accepted_K = jax.random.uniform(accept_key, (proposals,)) * guessed_K < own_K
+
+def accept(
+    probs_kV: Float[Array, "k V"], draft_KV: Float[Array, "K V"], proposed_K: Int[Array, " K"], keys_2: Key[Array, "2"]
+) -> tuple[Int[Array, " k"], Int[Array, ""]]:
+    """Accept each proposal with probability p / q up to the first rejection, then draw one token from max(p - q, 0).
+
+    p is the model's distribution at that place and q the draft's; after K accepted proposals q is 0.
+    Returns the tokens and how many of them are valid.
+    """
+    n = len(proposed_K)
+    p_K, q_K = [probs[jnp.arange(n), proposed_K] for probs in (probs_kV[:-1], draft_KV)]
+    accepted_K = jax.random.uniform(keys_2[0], (n,)) * q_K < p_K
     n_accepted = jnp.sum(jnp.cumprod(accepted_K))
-    rest_V = jnp.maximum(probs_kV[n_accepted] - guess_kV[n_accepted], 0.0)
-    rest_V = jnp.where(jnp.sum(rest_V) > 0, rest_V, probs_kV[n_accepted])  # equal but for rounding
-    extra = jax.random.categorical(extra_key, jnp.log(rest_V)).astype(jnp.int32)
-    tokens_k = jnp.append(proposed_K, 0).at[n_accepted].set(extra)
-    log_probs_kV = _of_width(jax.nn.log_softmax(logits_kV), n_ids)
-    log_probs_k = jnp.take_along_axis(log_probs_kV, tokens_k[:, None], axis=1)[:, 0]
-    return cache, draft_cache, tokens_k, log_probs_k, n_accepted + 1
+    p_V, q_V = probs_kV[n_accepted], jnp.pad(draft_KV, ((0, 1), (0, 0)))[n_accepted]
+    rest_V = jnp.maximum(p_V - q_V, 0.0)
+    rest_V = jnp.where(jnp.sum(rest_V) > 0, rest_V, p_V)  # p and q can be equal up to rounding
+    last = jax.random.categorical(keys_2[1], jnp.log(rest_V)).astype(jnp.int32)
+    return jnp.append(proposed_K, last).at[n_accepted].set(last), n_accepted + 1
 
 
-def _probabilities(logits_TV: jax.Array, seen_TV: Any, temperature: jax.Array, rules: Sampling) -> jax.Array:
-    """That tokens are drawn with; all on the likeliest at temperature 0."""
-    logits_TV = apply_rules(logits_TV, seen_TV, temperature, rules)
+def _next_logits(
+    config: ModelConfig, params: Any, tokens_T: jax.Array, cache: Cache, position_1: jax.Array, vocab_size: int
+) -> tuple[jax.Array, Cache]:
+    """The logits after each token, for exactly `vocab_size` ids: those that the model lacks are -inf."""
+    x_1TD, cache = hidden(config, params, tokens_T[None], cache, position_1)
+    logits_TV = logits(config, params, x_1TD)[0, :, :vocab_size]
+    missing = vocab_size - logits_TV.shape[1]
+    return jnp.pad(logits_TV, ((0, 0), (0, missing)), constant_values=-jnp.inf), cache
+
+
+def _probabilities(logits_TV: jax.Array, seen_TV: jax.Array | None, sampling: Sampling) -> jax.Array:
+    """The distribution that a token is drawn from; at temperature 0 all of it is on the likeliest."""
+    logits_TV = apply_rules(logits_TV, seen_TV, sampling)
     likeliest_TV = jax.nn.one_hot(jnp.argmax(logits_TV, axis=-1), logits_TV.shape[1])
-    return jnp.where(temperature > 0, jax.nn.softmax(logits_TV), likeliest_TV)
-
-
-def _of_width(x_TV: Any, n_ids: int) -> Any:
-    """With so many ids: the further ones, which are padding, left out or nothing."""
-    if x_TV is None or x_TV.shape[1] >= n_ids:
-        return None if x_TV is None else x_TV[:, :n_ids]
-    return jnp.pad(x_TV, ((0, 0), (0, n_ids - x_TV.shape[1])))
+    return jnp.where(sampling.temperature > 0, jax.nn.softmax(logits_TV), likeliest_TV)

@@ -116,30 +116,30 @@ def reference():
 def failure(template, messages=({"role": "user", "content": "Hi"},), timeout=60.0):
     """The one line that the user reads, which says the way out."""
     with pytest.raises(UserError) as caught:
-        render(template, list(messages), VARIABLES, add_generation_prompt=True, timeout=timeout)
+        render(template, list(messages), VARIABLES, timeout=timeout)
     message = str(caught.value)
     assert message.isprintable() and len(message) < 500 and "Traceback" not in message
-    assert message.startswith("the chat template ") and message.endswith("--prompt instead of --chat")
+    assert message.startswith("the chat template ") and message.endswith("--prompt, not --chat")
     return message
 
 
 @pytest.mark.parametrize("template", [CHATML, HEADERS, BRACKETS, SMALL], ids=["chatml", "headers", "brackets", "small"])
 def test_conversations_are_those_of_transformers(template, reference):
-    for messages, prompt in itertools.product(conversations(), (False, True)):
-        text = render(template, messages, VARIABLES, add_generation_prompt=prompt)
+    for messages, prompt in itertools.product(conversations(), (True,)):
+        text = render(template, messages, VARIABLES)
         assert text == reference(template, messages, prompt)
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_what_templates_use_is_that_of_transformers(name, reference):
     messages = list(conversations())[-1]
-    text = render(FEATURES[name], messages, VARIABLES, add_generation_prompt=True)
+    text = render(FEATURES[name], messages, VARIABLES)
     assert text == reference(FEATURES[name], messages, True)
 
 
 def test_a_lone_surrogate_comes_back():
     messages = [{"role": "user", "content": "\ud800"}]
-    assert render("{{ messages[0].content }}", messages, {}, add_generation_prompt=False) == "\ud800"
+    assert render("{{ messages[0].content }}", messages, {}) == "\ud800"
 
 
 def test_what_transformers_rejects_is_an_error_with_the_reason(reference):
@@ -213,7 +213,7 @@ ESCAPES = [
 @pytest.mark.parametrize("template", ESCAPES)
 def test_the_sandbox_holds(template, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "tries in line 1 what is forbidden" in failure(template)
+    assert "is not allowed in line 1 to do this" in failure(template)
     assert not os.listdir(tmp_path)
 
 
@@ -253,7 +253,7 @@ def test_a_hole_in_the_sandbox_leads_to_a_second_wall(way, tmp_path):
     hole = "import jinja2; chat.ImmutableSandboxedEnvironment = jinja2.Environment"
     child = serve("{{ cycler.__init__.__globals__.__builtins__." + way + " }}", tmp_path, hole)
     error = json.loads(child.stdout)["error"]
-    assert re.match(r"tries in line 1 what is forbidden: (open|import|os\.|subprocess)", error)
+    assert re.match(r"is not allowed in line 1 to do this: (open|import|os\.|subprocess)", error)
     assert os.listdir(tmp_path) == ["kept"]
 
 
@@ -273,7 +273,7 @@ def test_no_module_of_the_users_folder_runs(tmp_path, monkeypatch):
     elsewhere = [path for path in sys.path if path and Path(path).resolve() != ROOT]  # as in an editable install
     monkeypatch.setattr(sys, "path", ["", *elsewhere])
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert render("{{ bos_token }}", [], VARIABLES, add_generation_prompt=False) == "<s>"
+    assert render("{{ bos_token }}", [], VARIABLES) == "<s>"
     assert not (tmp_path / "X").exists()
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from gptjax.config import ModelConfig
 from gptjax.inference.decoder import hidden, lay_out, logits
-from gptjax.inference.generate import Memory, Sampling, generate
+from gptjax.inference.generate import PrefixCache, generate
 from gptjax.inference.quantize import quantize
+from gptjax.inference.sampling import Sampling
 from gptjax.matmul import Int8, linear_transposed
 from gptjax.model import GPT
 
@@ -41,7 +42,7 @@ def test_laid_out_parameters_give_the_same_logits_and_text(scramble, config):
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_a_memory_serves_laid_out_parameters_too(scramble, config):
-    params, memory, greedy = lay_out(scramble(config)), Memory(), Sampling(temperature=0.0)
+    params, memory, greedy = lay_out(scramble(config)), PrefixCache(), Sampling(temperature=0.0)
     for length in (4, 9, 20):
         texts = [
             np.concatenate(

@@ -11,7 +11,8 @@ import scipy.stats
 
 from gptjax.config import ModelConfig
 from gptjax.inference.decoder import init_cache
-from gptjax.inference.generate import CHUNK, Memory, Sampling, decode, generate, prefill, sample_token
+from gptjax.inference.generate import CHUNK, PrefixCache, decode, generate, prefill
+from gptjax.inference.sampling import Sampling, sample_token
 from gptjax.model import GPT
 
 TINY = ModelConfig(vocab_size=61, block_size=40, n_layer=2, n_head=2, n_embd=16, bias=True, dtype="float32")
@@ -135,7 +136,7 @@ def test_prefill_and_decode_give_the_logits_of_a_full_pass(params, scramble, con
     np.testing.assert_allclose(logits_BV, full_BTV[rows, length_B - 1], rtol=0, atol=1e-5)  # as above
     keys_B = jax.vmap(jax.random.key)(jnp.arange(4, dtype=jnp.uint32))
     cache, logits_BV, _, new_BC, log_probs_BC = decode(
-        config, params, cache, logits_BV, None, jnp.asarray(length_B), keys_B, jnp.int32(0), jnp.float32(1), Sampling()
+        config, params, cache, logits_BV, None, jnp.asarray(length_B), keys_B, jnp.int32(0), Sampling()
     )
     whole_BT = np.zeros((4, TINY.block_size), np.int32)
     for row, length in enumerate(length_B):
@@ -194,7 +195,7 @@ def test_prompts_of_unequal_length_are_as_one_by_one(params, n):
 
 
 def test_a_memory_changes_nothing_but_what_is_read(params):
-    memory, prompt, seen = Memory(), text(5)[0], []
+    memory, prompt, seen = PrefixCache(), text(5)[0], []
     for turn, n in enumerate((6, 1, 17, 30)):  # the last one runs over the block
         answer = np.hstack([c.tokens_BC for c in generate(TINY, params, [prompt], n, GREEDY, [turn], memory)])[0]
         assert answer.tolist() == new_tokens(params, [prompt], n)[0].tolist()
@@ -246,16 +247,16 @@ DISTRIBUTIONS = [(1.0, 0), (0.5, 0), (3.0, 0), (1.0, 1), (1.0, 5), (0.7, 5), (1.
 @pytest.mark.parametrize(("temperature", "top_k"), DISTRIBUTIONS)
 def test_drawn_tokens_have_the_exact_distribution(temperature, top_k):
     logits_V = np.random.default_rng(0).normal(size=12).astype(np.float32)
-    draw = jax.jit(sample_token, static_argnums=4)
+    draw = jax.jit(sample_token)
     keys_B = jax.random.split(jax.random.key(3), 20_000)
-    tokens = draw(jnp.tile(logits_V, (20_000, 1)), None, keys_B, jnp.float32(temperature), Sampling(top_k=top_k))
+    tokens = draw(jnp.tile(logits_V, (20_000, 1)), None, keys_B, Sampling(temperature=temperature, top_k=top_k))
     assert_drawn_from(np.asarray(tokens), probabilities(logits_V, temperature, top_k))
 
 
 def test_ties_at_the_last_of_top_k_all_stay():
     logits_V = np.float32([0, 2, 1, 1, 1, -1])
     keys_B = jax.random.split(jax.random.key(0), 20_000)
-    tokens = sample_token(jnp.tile(logits_V, (20_000, 1)), None, keys_B, jnp.float32(1), Sampling(top_k=2))
+    tokens = sample_token(jnp.tile(logits_V, (20_000, 1)), None, keys_B, Sampling(top_k=2))
     assert_drawn_from(np.asarray(tokens), probabilities(logits_V, 1.0, 2))
     assert set(np.asarray(tokens).tolist()) == {1, 2, 3, 4}
 

@@ -21,8 +21,9 @@ from gptjax.hub.export import export
 from gptjax.hub.families import draw_params, expected_tensors, read_config
 from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import merge_lora
-from gptjax.inference.generate import Sampling, generate
+from gptjax.inference.generate import generate
 from gptjax.inference.language_model import LanguageModel
+from gptjax.inference.sampling import Sampling
 from gptjax.model import GPT, rope_angles
 from gptjax.sharding import make_mesh, one_device, with_shardings
 from gptjax.tokenizer import Tokenizer

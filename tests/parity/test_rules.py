@@ -11,8 +11,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import ModelConfig
-from gptjax.inference.generate import Sampling, apply_rules
-from gptjax.inference.language_model import Answer, LanguageModel, _Row
+from gptjax.inference.language_model import AnswerBuilder, LanguageModel
+from gptjax.inference.sampling import Sampling, apply_rules
 from gptjax.tokenizer import TextStream, Tokenizer
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch; pip install 'gptjax[test]' brings it")
@@ -56,9 +56,9 @@ def assert_same_rules(rules, logits_BV, text_BT):
     expected_BV = scores.softmax(-1).numpy()
     seen_BV = np.zeros(logits_BV.shape, bool)
     np.put_along_axis(seen_BV, text_BT, True, axis=1)
-    sampling = Sampling(**{name: value for name, value in rules.items() if name != "temperature"})
+    sampling = Sampling(**rules)
     seen_BV = jnp.asarray(seen_BV) if "repetition_penalty" in rules else None
-    ours_BV = apply_rules(jnp.asarray(logits_BV), seen_BV, rules.get("temperature", 1.0), sampling)
+    ours_BV = apply_rules(jnp.asarray(logits_BV), seen_BV, sampling)
     np.testing.assert_array_equal(np.isneginf(ours_BV), np.isneginf(scores.numpy()))
     assert not np.isneginf(ours_BV).all(axis=1).any()
     # Sums of probabilities in another order: 1e-7 of 1. Logits of 10 divided by 0.05 are float32's 200 +- 1e-5.
@@ -125,13 +125,13 @@ def cut(text, stop):
 
 def stream(pieces, stop, chunk=1, rest="", end_token=False):
     """The answer, and the text that was shown after each chunk."""
-    row, shown = _Row(Answer(), Pieces(pieces, rest)), []
+    row, shown = AnswerBuilder(Pieces(pieces, rest), frozenset({END}), stop), []
     tokens = [*range(len(pieces)), *[END] * end_token]
     for start in range(0, len(tokens), chunk):
         some = tokens[start : start + chunk]
-        row.feed(some, [-0.5] * len(some), frozenset({END}), stop)
+        row.add(some, [-0.5] * len(some))
         shown.append(row.answer.text)
-    row.finish(stop)
+    row.finish()
     return row.answer, [*shown, row.answer.text]
 
 
