@@ -13,6 +13,7 @@ import pytest
 from gptjax.config import Config, ModelConfig, TrainConfig
 from gptjax.model import GPT, Dropout, rope_angles, rotate
 from gptjax.optimizer import make_optimizer
+from gptjax.sharding import path_name
 from gptjax.training import TrainState, init_state, loss_sum, train_step
 
 TINY = ModelConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16, bias=True, dtype="float32")
@@ -73,19 +74,16 @@ def test_gpt2_124m_has_its_published_number_of_parameters():
     assert 124_439_808 + n_padding - n_biases == 12 * 11 * 768 + 768
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "padded"), [(65, 65), (1023, 1023), (1024, 1024), (1025, 1152), (50257, 50304), (50304, 50304)]
-)
-def test_vocabularies_are_padded_from_1024_on(vocab_size, padded):
-    config = replace(TINY, vocab_size=vocab_size)
-    assert abstract_params(config)["token_embedding"].shape[0] == config.padded_vocab_size == padded
+def test_vocabularies_are_padded_from_1024_on():
+    sizes = {65: 65, 1023: 1023, 1024: 1024, 1025: 1152, 50257: 50304, 50304: 50304}
+    assert {size: replace(TINY, vocab_size=size).padded_vocab_size for size in sizes} == sizes
 
 
 def test_initialization():
     config = replace(TINY, n_layer=3, n_embd=64, vocab_size=500, block_size=200)
     params = jax.jit(GPT(config).init)(jax.random.key(0), tokens_of(config, length=1))["params"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, values = jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf)
+        name, values = path_name(path), np.asarray(leaf)
         assert values.dtype == np.float32
         if name.endswith(("bias", "scale")):
             assert (values == name.endswith("scale")).all(), name
@@ -101,20 +99,16 @@ def test_initialization():
 
 
 def test_capped_logits(scramble):
-    """The padding's are not capped: it takes no part."""
-    config = replace(TINY, vocab_size=1030)
-    params, tokens_BT = scramble(config), tokens_of(config)
-    plain_BTV, capped_BTV = (
-        logits_of(config, params, tokens_BT),
-        logits_of(replace(config, logit_cap=1.5), params, tokens_BT),
-    )
-    np.testing.assert_allclose(capped_BTV[..., :1030], 1.5 * np.tanh(plain_BTV[..., :1030] / 1.5), rtol=0, atol=1e-6)
-    assert np.abs(plain_BTV[..., :1030]).max() > 2 and (capped_BTV[..., 1030:] == -np.inf).all()
+    params, tokens_BT = scramble(TINY), tokens_of(TINY)
+    plain_BTV = np.asarray(logits_of(TINY, params, tokens_BT))
+    capped_BTV = logits_of(replace(TINY, logit_cap=1.5), params, tokens_BT)
+    np.testing.assert_allclose(capped_BTV, 1.5 * np.tanh(plain_BTV / 1.5), rtol=0, atol=1e-6)
+    assert np.abs(plain_BTV).max() > 2
 
 
-@pytest.mark.parametrize("logit_cap", [0.0, 2.0])
-def test_padded_ids_take_no_part(scramble, logit_cap):
-    config = replace(TINY, vocab_size=1030, logit_cap=logit_cap)
+def test_padded_ids_take_no_part(scramble):
+    """With a cap too, which would make their logits finite."""
+    config = replace(TINY, vocab_size=1030, logit_cap=2.0)
     params, windows_BT = scramble(config), tokens_of(config, length=config.block_size + 1)
     logits_BTV = np.asarray(logits_of(config, params, windows_BT[:, :-1]))
     assert logits_BTV.shape[-1] == 1152
@@ -225,9 +219,8 @@ def test_attention_weights_may_have_a_dropout_of_their_own(scramble, rate, atten
     assert config.drops and not replace(TINY, attention_dropout=0.0).drops
 
 
-@pytest.mark.parametrize(("rate", "attention_rate"), [(0.3, None), (0.0, 0.3)])
-def test_dropout_in_training_is_keyed_by_seed_step_and_micro_step(scramble, rate, attention_rate):
-    model = replace(TINY, dropout=rate, attention_dropout=attention_rate, n_layer=1)
+def test_dropout_in_training_is_keyed_by_seed_step_and_micro_step(scramble):
+    model = replace(TINY, dropout=0.0, attention_dropout=0.3, n_layer=1)
     params, windows_2BT = scramble(model), tokens_of(model, length=model.block_size + 1)[:, None]
     step = jax.jit(train_step, static_argnums=0)
 
@@ -276,24 +269,18 @@ def test_layer_norms_have_gpt2s_epsilon(scramble):
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        {},
-        pytest.param(
-            {"norm": "rmsnorm", "position": "rope", "activation": "swiglu", "n_kv_head": 1}, marks=pytest.mark.slow
-        ),
-        pytest.param(SPEEDRUN, marks=pytest.mark.slow),
-    ],
-)
+LLAMA = {"norm": "rmsnorm", "position": "rope", "activation": "swiglu", "n_kv_head": 1}
+
+
+@pytest.mark.parametrize("variant", [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in (LLAMA, SPEEDRUN))])
 def test_layers_in_a_loop_are_the_layers_unrolled(scramble, variant):
-    config = replace(TINY, n_layer=3, **variant)
+    config = replace(TINY, **variant)
     params, tokens_BT = scramble(config), tokens_of(config)
     unrolled = replace(config, layers="unrolled")
     looped = logits_of(replace(config, layers="looped"), params, tokens_BT)
     # The same sums, which XLA may fuse in another way, for logits of order 1.
     np.testing.assert_allclose(looped, logits_of(unrolled, params, tokens_BT), rtol=0, atol=1e-5)
-    drawn = [GPT(each).init(jax.random.key(3), tokens_BT)["params"] for each in (config, unrolled)]
+    drawn = [jax.jit(GPT(each).init)(jax.random.key(3), tokens_BT[:, :1])["params"] for each in (config, unrolled)]
     jax.tree.map(np.testing.assert_array_equal, *drawn)
 
 
@@ -321,14 +308,14 @@ def test_rope_sees_distances_alone():
     ],
 )
 def test_computing_again_changes_no_gradient_and_holds_less(scramble, remat, layers, fields, assert_trees_close):
-    config = replace(TINY, n_layer=4, layers=layers, dropout=0.1, block_size=64, **fields)
-    params, windows_BW, key = scramble(config), tokens_of(config, batch=8, length=65), jax.random.key(0)
+    config = replace(TINY, n_layer=3, layers=layers, dropout=0.1, block_size=32, **fields)
+    params, windows_BW, key = scramble(config), tokens_of(config, batch=8, length=33), jax.random.key(0)
 
     def compiled(config):
         loss = jax.grad(lambda params: loss_sum(GPT(config), params, windows_BW, {"dropout": key})[0])
         return jax.jit(loss).lower(params).compile()
 
     plain, again = compiled(config), compiled(replace(config, remat=remat))
-    assert_trees_close(again(params), plain(params), rtol=0, atol=2e-3)  # sums over 512 places of order 1 each
+    assert_trees_close(again(params), plain(params), rtol=0, atol=2e-3)  # sums over 256 places of order 1 each
     held = [program.memory_analysis().temp_size_in_bytes for program in (again, plain)]
     assert held[0] < 0.9 * held[1] or layers == "unrolled", held

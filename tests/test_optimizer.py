@@ -128,28 +128,17 @@ def test_muon_is_that_of_pytorch():
         assert np.linalg.norm(moved - theirs) < 0.05 * np.linalg.norm(theirs), path
 
 
-def test_a_step_of_muon_has_singular_values_near_one():
-    config = OptimizerConfig(**vars(MUON) | {"grad_clip": 0.0, "muon_weight_decay": 0.0, "warmup_steps": 0})
-    moved = jax.tree.map(jnp.subtract, draw(0), trained(config, [draw(1)]))
-    for path, (_, n_in) in KERNELS.items():
-        part, name = path.split("/")
-        for kernel in np.asarray(moved["layers"][part][name]["kernel"]) / config.muon_learning_rate:
-            matrix = kernel.reshape(n_in, -1)
-            values = np.linalg.svd(matrix, compute_uv=False) / np.sqrt(max(1, matrix.shape[1] / n_in))
-            assert values.min() > 0.6 and values.max() < 1.25, (path, values)
-
-
 def test_a_matrix_without_a_gradient_stays():
-    """As in the first step of a model whose projections begin at zero."""
     config = OptimizerConfig(**vars(MUON) | {"muon_weight_decay": 0.0})
     before = draw(0)
     after = trained(config, [jax.tree.map(jnp.zeros_like, before)])
     jax.tree.map(np.testing.assert_array_equal, after["layers"]["attention"], before["layers"]["attention"])
 
 
-@pytest.mark.parametrize("warmup_steps", [0, 1, 4, 14, 20])
-@pytest.mark.parametrize("decay_fraction", [0.2, 0.5, 1.0])
-@pytest.mark.parametrize("decay_steps", [None, 12])
+@pytest.mark.parametrize(
+    ("warmup_steps", "decay_fraction", "decay_steps"),
+    [(0, 0.5, None), (0, 1.0, 12), (1, 0.2, None), (4, 0.5, 12), (14, 1.0, None), (20, 0.2, 12)],
+)
 def test_the_linear_schedule(warmup_steps, decay_fraction, decay_steps):
     config = OptimizerConfig(
         schedule="linear",

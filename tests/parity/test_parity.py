@@ -76,7 +76,7 @@ def test_loss_and_every_gradient(case, assert_trees_close):
 @pytest.mark.parametrize(
     ("grad_clip", "accumulate"),
     [
-        (0.25, 1),
+        pytest.param(0.25, 1, marks=pytest.mark.slow),
         (0.25, 4),
         pytest.param(100.0, 1, marks=pytest.mark.slow),
         pytest.param(100.0, 4, marks=pytest.mark.slow),
