@@ -1,0 +1,47 @@
+"""The layout that makes the core readable: imports have no circle and no room imports from a wing above it."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WINGS = ("hub", "inference", "planning")  # each may import from those before it
+COMMANDS = {"compare", "evaluate", "export", "plan"}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in [*(ROOT / "gptjax").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"]
+}
+
+
+def imports_of(name):
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gptjax"):
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {each if each in FILES else node.module for each in full}
+    return found - {name}
+
+
+def level(name):
+    """0 for the core and data, then the wings in order, then the commands."""
+    room = name.split(".")[1] if name.startswith("gptjax.") else "commands"
+    return WINGS.index(room) + 1 if room in WINGS else len(WINGS) + 1 if room in {*COMMANDS, "commands"} else 0
+
+
+def test_no_room_imports_from_a_wing_above_it():
+    upward = [(name, other) for name in FILES for other in imports_of(name) if level(other) > level(name)]
+    assert upward == []
+
+
+def test_imports_have_no_circle():
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, " -> ".join([*open_[open_.index(name) :], name])
+        if name not in done:
+            open_.append(name)
+            for other in sorted(imports_of(name)):
+                visit(other)
+            done.add(open_.pop())
+
+    for name in FILES:
+        visit(name)
