@@ -12,15 +12,17 @@ from gptjax.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the object in a JSON file. Raises `UserError` if it cannot be read or holds something else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+
+
+def parse_json(data: str | bytes, path: Path | str) -> dict[str, Any]:
+    """Return the object in the data of a JSON file; `path` names the file in errors."""
+    try:
+        values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -30,14 +32,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file at once: a reader, or a crash, finds the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path whose file takes `path`'s name when the block ends well, and is removed when it does not."""
+    """Yield a temporary path; its file replaces `path` when the block succeeds, and is removed when it fails."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary

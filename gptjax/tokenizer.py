@@ -1,4 +1,4 @@
-"""One `Tokenizer` over the `tokenizers` library: characters, a BPE trained here, GPT-2's, or any tokenizer.json."""
+"""Text to token ids and back: characters, a BPE trained here, GPT-2's, or any tokenizer.json of `tokenizers`."""
 
 import itertools
 import json
@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -17,29 +17,29 @@ from gptjax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 Ids = Iterable[int] | Integer[np.ndarray, " T"]
-_CHARACTER = r"[\s\S]"  # "." leaves out the newline
-_BATCH = 16  # chunks that the library encodes at once, in its threads
+_CHARACTER = r"[\s\S]"  # "." does not match a newline
+_BATCH = 16  # chunks of a text that the library encodes at once, in its threads
 
 
 class Tokenizer:
-    """Text to ids and back; the file form is always a tokenizer.json."""
+    """Encodes text to ids and decodes ids to text; stored as a tokenizer.json, which `tokenizers` also reads."""
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
-        library.encode_special_tokens = True  # a corpus that contains "<|endoftext|>" means those 13 characters
+        library.encode_special_tokens = True  # "<|endoftext|>" in a corpus is 13 characters of text
         self._library = library
         vocabulary = library.get_vocab(with_added_tokens=True)
-        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1  # ids may have holes below it
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1  # some ids below it may be unused
         self.end_of_text: int | None = vocabulary.get(END_OF_TEXT)
         self._id_of_code_point = _character_table(library)
 
     @classmethod
     def characters(cls, alphabet: Iterable[str]) -> "Tokenizer":
-        """Each character is a token; ids follow the order of the code points, as in nanoGPT."""
+        """Make each character a token; ids are in the order of the code points, as in nanoGPT."""
         return cls.from_characters({character: i for i, character in enumerate(sorted(set(alphabet)))})
 
     @classmethod
     def from_characters(cls, ids: dict[str, int]) -> "Tokenizer":
-        """A character tokenizer with exactly these ids."""
+        """Make a character tokenizer with the given id of each character."""
         library = tokenizers.Tokenizer(models.WordLevel(ids))
         library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(_CHARACTER), "isolated")
         library.decoder = decoders.Fuse()
@@ -47,9 +47,9 @@ class Tokenizer:
 
     @classmethod
     def train_bpe(cls, chunks: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn a byte-level BPE with GPT-2's pre-tokenization (GPT-2, section 2.2); no text is unknown to it.
+        """Train a byte-level BPE, which encodes every text, with GPT-2's pre-tokenization (GPT-2, section 2.2).
 
-        A short text may have fewer merges to learn than `vocab_size` asks for.
+        A short text may have too few pairs to merge for a vocabulary of `vocab_size`.
         """
         library = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
@@ -63,7 +63,7 @@ class Tokenizer:
 
     @classmethod
     def from_name_or_path(cls, name: str) -> "Tokenizer":
-        """'gpt2', a tokenizer.json, or a folder with one, or with GPT-2's vocabulary and merges in either naming."""
+        """Load 'gpt2', a tokenizer.json, or a folder with one or with GPT-2's vocabulary and merges (either naming)."""
         if name == "gpt2":
             return cls(_download_gpt2())
         path = Path(name)
@@ -86,72 +86,67 @@ class Tokenizer:
         return cls(_read(tokenizers.Tokenizer.from_file, path))
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> "Tokenizer":
-        """The tokenizer that a tokenizer.json describes; `where` is what an error calls it."""
-        return cls(_read(lambda _: tokenizers.Tokenizer.from_str(text), where))
+    def from_json(cls, data: bytes, path: str) -> "Tokenizer":
+        """Parse the content of a tokenizer.json; `path` names the file in errors."""
+        return cls(_read(lambda _: tokenizers.Tokenizer.from_buffer(data), path))
 
     def to_json(self) -> str:
-        """The text of a tokenizer.json, which the `tokenizers` library reads as it is."""
+        """Return the text of a tokenizer.json."""
         return self._library.to_str(pretty=True)
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json."""
         path.write_text(self.to_json(), encoding="utf-8")
 
-    def encode(self, text: str, *, special: bool = False) -> Int32[np.ndarray, " T"]:
-        """The ids of a text; only with `special` are the names of special tokens, as "<|endoftext|>", those tokens.
+    def encode(self, text: str, *, special: bool = False, begin: bool = False) -> Int32[np.ndarray, " T"]:
+        """Return the ids of a text.
 
-        Raises `UserError` at a character that a character tokenizer lacks.
+        `special`: the name of a special token, such as "<|endoftext|>", becomes that token instead of plain text.
+        `begin`: the tokens that the tokenizer adds before every text, such as Llama's, come first.
+        Raises `UserError` at a character that a character tokenizer does not have, or at a lone surrogate.
         """
         if self._id_of_code_point is not None:
             return next(_encode_characters([text], self._id_of_code_point))
-        return self._encode(text, special=special, begin=False)
-
-    def prompt(self, text: str = "") -> Int32[np.ndarray, " T"]:
-        """The ids of a prompt: special tokens among them, and before them what the tokenizer itself puts before a text.
-
-        An empty prompt is a new line, or token 0 where a character tokenizer lacks it. Raises `UserError` as `encode`.
-        """
-        if self._id_of_code_point is None:
-            return self._encode(text or "\n", special=True, begin=True)
-        if not text and "\n" not in self._library.get_vocab():
-            return np.zeros(1, np.int32)
-        return self.encode(text or "\n")
-
-    def vocabulary(self) -> dict[str, int]:
-        """Text of every token -> its id."""
-        return self._library.get_vocab(with_added_tokens=True)
-
-    @property
-    def kind(self) -> str:
-        """In words: characters, byte-level BPE, or the library's name of it."""
-        spec = json.loads(self._library.to_str())
-        if self._id_of_code_point is not None:
-            return "characters"
-        return "byte-level BPE" if "ByteLevel" in json.dumps(spec["decoder"]) else str(spec["model"]["type"])
-
-    def token_id(self, text: str) -> int | None:
-        """The id of the token of that name, None where there is none."""
-        return self._library.token_to_id(text)
-
-    @property
-    def begin(self) -> Int32[np.ndarray, " T"]:
-        """What the tokenizer puts before every text: none, or one token (Llama's)."""
-        none = np.zeros(0, np.int32)
-        return none if self._id_of_code_point is not None else self._encode("", special=True, begin=True)
-
-    def _encode(self, text: str, *, special: bool, begin: bool) -> Int32[np.ndarray, " T"]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text is no Unicode at index {error.start}: pass it as UTF-8") from error
-        self._library.encode_special_tokens = not special  # the library's word for special tokens read as plain text
+        self._library.encode_special_tokens = not special  # the library's flag: special tokens are plain text
         ids = self._library.encode(text, add_special_tokens=begin).ids
         self._library.encode_special_tokens = True
         return np.array(ids, np.int32)
 
+    def prompt(self, text: str = "") -> Int32[np.ndarray, " T"]:
+        """Return the ids of a prompt, with special tokens and the tokens that begin a text.
+
+        An empty prompt is a newline, or token 0 for a character tokenizer without one. Raises `UserError` as `encode`.
+        """
+        if not text and self._id_of_code_point is not None and "\n" not in self.vocabulary():
+            return np.zeros(1, np.int32)
+        return self.encode(text or "\n", special=True, begin=True)
+
+    @property
+    def begin(self) -> Int32[np.ndarray, " T"]:
+        """The tokens that the tokenizer adds before every text: none, or one (Llama's)."""
+        return self.encode("", special=True, begin=True)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of each token, by the token's text."""
+        return self._library.get_vocab(with_added_tokens=True)
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token with this text, or None if there is no such token."""
+        return self._library.token_to_id(text)
+
+    @property
+    def kind(self) -> str:
+        """'characters', 'byte-level BPE' or the library's name of the model, such as 'Unigram'."""
+        if self._id_of_code_point is not None:
+            return "characters"
+        return "byte-level BPE" if "ByteLevel" in repr(self._library.decoder) else type(self._library.model).__name__
+
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[Int32[np.ndarray, " _"]]:
-        """Encode a text that comes in pieces, in bounded memory, to the ids that the whole text has."""
+        """Yield the ids of a text given in chunks, in bounded memory; they are the ids of the whole text."""
         if self._id_of_code_point is not None:
             yield from _encode_characters(chunks, self._id_of_code_point)
             return
@@ -160,9 +155,9 @@ class Tokenizer:
             yield from self.encode_batch(batch)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " _"]]:
-        """The ids of each text, in which names of special tokens are plain text; in as many threads as there are cores.
+        """Return the ids of each text; names of special tokens are plain text.
 
-        TOKENIZERS_PARALLELISM=false in the environment makes it one thread.
+        The library uses a thread per core, or one if the environment has TOKENIZERS_PARALLELISM=false.
         """
         if self._id_of_code_point is not None:
             return [self.encode(text) for text in texts]
@@ -170,50 +165,51 @@ class Tokenizer:
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Ids) -> str:
-        """The text of some ids; an id in a hole of the vocabulary is no text."""
+        """Return the text of some ids; an unused id adds nothing to it."""
         return self._library.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 class TextStream:
-    """Decodes ids as they come, each piece as soon as its characters are whole; the pieces join to the whole's text.
+    """Decodes a stream of ids to pieces of text that hold whole characters and join to the text of all ids.
 
-    `before` are the ids in front of the first ones: some decoders treat the first token of a text differently.
+    `before` are the ids that precede the stream: some decoders treat the first token of a text differently.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Ids = ()) -> None:
         self._tokenizer, self._before, self._pending = tokenizer, [int(i) for i in before], list[int]()
 
     def feed(self, ids: Ids) -> str:
-        """The characters that these ids complete."""
+        """Return the characters that these ids complete."""
         self._pending += [int(i) for i in ids]
         text = self.end()
-        if not text or text.endswith("\ufffd"):  # bytes of this character are still to come
+        if not text or text.endswith("\ufffd"):  # the last character lacks some of its bytes
             return ""
         self._before, self._pending = self._pending, []
         return text
 
     def end(self) -> str:
-        """What is left at the end: at most the bytes of an unfinished character."""
+        """Return the text of the ids that `feed` has not returned yet: an incomplete character, or nothing."""
         before = self._tokenizer.decode(self._before)
         return self._tokenizer.decode(self._before + self._pending)[len(before) :]
 
 
-# Where a text may be cut without changing any token. In GPT-2's pre-tokenization, as in Llama 3's and Qwen's, a word
-# boundary is always there and depends on nothing across the cut. A last resort, before any space, is safe for GPT-2's
-# alone; then comes any place at all.
+# Places where cutting a text changes no token: in the pre-tokenization of GPT-2, Llama 3 and Qwen a word always ends
+# there, whatever follows. The last resorts are before whitespace, which is safe for GPT-2 only, and then anywhere.
 _SAFE = (r"(?<=\S\n)(?=\S)", r"(?<=[^\W\d_])(?=[\s,.;:!?，。、！？；：])")  # [^\W\d_] is a letter
 _LAST_RESORTS = (r"(?<=\S)(?=\s)", "")
 _LONGEST_PIECE = 1 << 20
 
 
-def safe_chunks(chunks: Iterable[str]) -> Iterator[str]:
-    """Cut a text again where cutting changes no token.
+def safe_chunks(chunks: Iterable[str], longest_whole: int = 0) -> Iterator[str]:
+    """Yield a text that comes in chunks, cut where cutting changes no token if it is longer than `longest_whole`.
 
-    A million characters without such a place are cut anyway: the tokens beside that cut may differ.
+    A million characters without such a place are cut anyway; the tokens at that cut may differ.
     """
     pending = ""
     for chunk in chunks:
         pending += chunk
+        if len(pending) <= longest_whole:
+            continue
         rules = _SAFE if len(pending) < _LONGEST_PIECE else _SAFE + _LAST_RESORTS
         if cut := next((found.end() for rule in rules if (found := re.match("(?s:.*)" + rule, pending))), 0):
             yield pending[:cut]
@@ -230,55 +226,54 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def _character_table(library: tokenizers.Tokenizer) -> np.ndarray | None:
-    """Code point -> id, -1 where there is none, with a last row of -1; `None` if this is no character tokenizer."""
-    spec: dict[str, Any] = json.loads(library.to_str())
-    characters = spec["model"].get("vocab")
+    """Return the id of each code point, or `None` if this is not a character tokenizer.
+
+    The id is -1 for a code point that is not a token; the last row, for all larger code points, is also -1.
+    """
+    if not isinstance(library.model, models.WordLevel) or library.normalizer or library.get_added_tokens_decoder():
+        return None
     split = {"type": "Split", "pattern": {"Regex": _CHARACTER}, "behavior": "Isolated", "invert": False}
-    if spec["model"]["type"] != "WordLevel" or spec["pre_tokenizer"] != split or spec["normalizer"]:
+    characters = library.get_vocab()
+    if json.loads(library.to_str())["pre_tokenizer"] != split or not all(len(text) == 1 for text in characters):
         return None
-    if spec["added_tokens"] or not characters or any(len(character) != 1 for character in characters):
-        return None
-    table = np.full(max(map(ord, characters)) + 2, -1, np.int32)
+    table = np.full(max(map(ord, characters), default=-1) + 2, -1, np.int32)
     for character, i in characters.items():
         table[ord(character)] = i
     return table
 
 
 def _encode_characters(chunks: Iterable[str], table: np.ndarray) -> Iterator[Int32[np.ndarray, " _"]]:
-    """Look the code points up: a hundred times as fast as the library, which goes through each character's string."""
-    read, lines, column = 0, 0, 0  # of the text before this chunk
+    """Yield the ids of each chunk, looked up by code point, much faster than the library encodes characters."""
+    index, line, line_start = 0, 1, 0  # of the text at the end of `known`
     for text in chunks:
         code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         ids = table[np.minimum(code_points, len(table) - 1)]
-        if ids.size and ids.min() < 0:
-            _raise_unknown(text, int(ids.argmin()), read, lines, column)
+        known = text[: ids.argmin()] if ids.size and ids.min() < 0 else text
+        if "\n" in known:
+            line, line_start = line + known.count("\n"), index + known.rindex("\n") + 1
+        index += len(known)
+        if known is not text:
+            character = text[len(known)]
+            raise UserError(
+                f"the tokenizer has no character {character!r} (U+{ord(character):04X}), at index {index} of the text "
+                f"(line {line}, column {index - line_start + 1}): remove it, or train with --data.tokenizer bpe, which "
+                "knows every character"
+            )
         yield ids
-        read, lines = read + len(text), lines + text.count("\n")
-        column = len(text) - text.rfind("\n") - 1 if "\n" in text else column + len(text)
-
-
-def _raise_unknown(text: str, at: int, read: int, lines: int, column: int) -> NoReturn:
-    head = text[:at]
-    column = at - head.rfind("\n") if "\n" in head else column + at + 1
-    raise UserError(
-        f"the tokenizer has no character {text[at]!r} (U+{ord(text[at]):04X}), at index {read + at} of the text (line "
-        f"{lines + head.count(chr(10)) + 1}, column {column}): remove it, or train with --data.tokenizer bpe, "
-        "which knows every character"
-    )
 
 
 def _read(reader: Any, *paths: Path | str) -> Any:
     try:
         return reader(*map(str, paths))
-    except Exception as error:  # the library raises no narrower class
+    except Exception as error:  # the library raises no subclass of it
         raise UserError(f"{paths[0]} is not a tokenizer that `tokenizers` can read: {error}") from error
 
 
 def _download_gpt2() -> tokenizers.Tokenizer:
-    logging.disable(logging.WARNING)  # the hub's client logs each of its retries
+    logging.disable(logging.WARNING)  # the hub's client logs every retry
     try:
         return tokenizers.Tokenizer.from_pretrained("openai-community/gpt2")
-    except Exception as error:  # the hub raises a class of its own for each way of being offline
+    except Exception as error:  # the hub has a class for each cause
         raise UserError(
             "cannot download GPT-2's tokenizer: pass a folder with tokenizer.json, or with encoder.json and vocab.bpe: "
             "--data.tokenizer FOLDER"

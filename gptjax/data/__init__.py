@@ -1,4 +1,4 @@
-"""From text to token files to batches."""
+"""Data: from text to token files to batches."""
 
 from gptjax.data.prepare import Dataset, load_dataset
 

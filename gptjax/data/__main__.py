@@ -1,4 +1,11 @@
-"""The command line: `python -m gptjax.data SOURCE`, `... tokenize SOURCE... --out DIR`, `... convert-meta PATH`."""
+"""Prepare data by hand; training prepares a text by itself.
+
+    python -m gptjax.data SOURCE                        text to a folder of token files
+    python -m gptjax.data tokenize SOURCE... --out DIR  the same for a corpus larger than memory, in parallel
+    python -m gptjax.data convert-meta PATH             nanoGPT's meta.pkl to a tokenizer.json
+
+Each has --help.
+"""
 
 import dataclasses
 import pickle
@@ -10,68 +17,64 @@ from typing import Any, NoReturn
 from gptjax.cli import Parser
 from gptjax.config import DataConfig, Section, argument, option
 from gptjax.data.at_scale.tokenize_corpus import TokenizeConfig, tokenize_corpus
-from gptjax.data.prepare import Format, prepare
+from gptjax.data.prepare import prepare
+from gptjax.data.token_files import Format
 from gptjax.errors import UserError, one_line_errors
 from gptjax.tokenizer import Tokenizer
 
 _HELP: dict[str, Any] = {field.name: field.metadata["help"] for field in dataclasses.fields(DataConfig)}
 _PREPARE = (
-    "Turn a text into a folder of token files that --data.source takes. For a corpus too large for memory there is "
-    "`python -m gptjax.data tokenize --help`; `python -m gptjax.data convert-meta PATH/meta.pkl` makes nanoGPT's "
+    "Turn a text into a folder of token files for --data.source. Two more commands: `python -m gptjax.data tokenize` "
+    "does so for a corpus larger than memory, and `python -m gptjax.data convert-meta PATH/meta.pkl` makes nanoGPT's "
     "character data sets usable."
 )
 _TOKENIZE = (
-    "Turn a corpus of any size into shards that --data.source takes, in parallel and in bounded memory. Each document "
-    "is followed by the end-of-text token. A stop leaves whole shards; the same command makes the rest."
+    "Turn a corpus of any size into token files for --data.source, in parallel and in bounded memory. The end-of-text "
+    "token follows each document. If it stops, only complete shards remain; the same command makes the missing ones."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation(Section):
-    source: str = argument(_HELP["source"])
+    source: str = argument("'shakespeare' (the complete plays), a UTF-8 text file, a folder of .txt and .md, or a URL")
     tokenizer: str = option(DataConfig.tokenizer, _HELP["tokenizer"])
     vocab_size: int = option(DataConfig.vocab_size, _HELP["vocab_size"])
     val_fraction: float = option(DataConfig.val_fraction, _HELP["val_fraction"])
     sha256: str | None = option(DataConfig.sha256, _HELP["sha256"])
     dir: str = option(DataConfig.dir, _HELP["dir"])
-    format: Format = option("nanogpt", "of the token files")
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversion(Section):
-    path: str = argument("nanoGPT's meta.pkl")
+    format: Format = option("nanogpt", "of the token files: a flat file per split, or llm.c's shards with a header")
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Reads plain data: a pickle that names any class or function, which is how one runs code, is refused."""
+    """Reads plain data only: it refuses classes and functions, through which a pickle could run code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
+        raise pickle.UnpicklingError(f"it loads {module}.{name}")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prepare a text, tokenize a corpus too large for that, or convert nanoGPT's meta.pkl."""
+    """Run the command that the arguments give."""
     command = arguments[0] if arguments else ""
     if command == "tokenize":
-        tokenize_corpus(_parse("tokenize", _TOKENIZE, TokenizeConfig(), arguments))
+        tokenize_corpus(_parse(Parser("python -m gptjax.data tokenize", _TOKENIZE), TokenizeConfig(), arguments[1:]))
     elif command == "convert-meta":
-        path = _parse("convert-meta", convert_meta.__doc__, Conversion(), arguments).path
-        print(f"wrote {convert_meta(Path(path))}")
+        parser = Parser("python -m gptjax.data convert-meta", convert_meta.__doc__)
+        parser.add_argument("path", metavar="PATH", help="nanoGPT's meta.pkl")
+        print(f"wrote {convert_meta(Path(parser.parse_args(arguments[1:]).path))}")
     else:
-        options = vars(_parse("", _PREPARE, Preparation(), arguments))
+        options = vars(_parse(Parser("python -m gptjax.data", _PREPARE), Preparation(), arguments))
         form = options.pop("format")
         prepare(DataConfig(**options), form)
 
 
-def _parse(command: str, about: str | None, defaults: Any, arguments: Sequence[str]) -> Any:
-    parser = Parser(f"python -m gptjax.data {command}".strip(), about)
+def _parse(parser: Parser, defaults: Any, arguments: Sequence[str]) -> Any:
     parser.add_fields(defaults)
-    [parsed] = parser.parse(arguments[1:] if command else arguments, defaults)
+    [parsed] = parser.parse(arguments, defaults)
     return parsed
 
 
 def convert_meta(path: Path) -> Path:
-    """Write nanoGPT's character vocabulary, the meta.pkl beside its token files, as a tokenizer.json there."""
+    """Convert nanoGPT's meta.pkl, a character vocabulary, to a tokenizer.json in the same folder."""
     try:
         with open(path, "rb") as file:
             characters: dict[int, str] = _DataUnpickler(file).load()["itos"]
@@ -80,8 +83,8 @@ def convert_meta(path: Path) -> Path:
             raise ValueError("its 'itos' does not map 0, 1, 2, ... to one character each")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path} is not a character vocabulary of nanoGPT: {error}; nothing in it was run") from error
+    except Exception as error:  # a damaged pickle can raise almost any exception
+        raise UserError(f"{path} is not a character vocabulary of nanoGPT: {error} (nothing in it was run)") from error
     target = path.with_name("tokenizer.json")
     Tokenizer.from_characters(ids).save(target)
     return target

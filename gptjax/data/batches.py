@@ -1,6 +1,6 @@
-"""Batch = f(tokens, seed, step): the same on every host and after a resume, with nothing to save.
+"""Draw batches as a function of tokens, seed and step: the same on every host and after a resume, with no state.
 
-B is the batch size, T the block size; a window is T + 1 tokens, inputs and targets one place apart.
+B is the batch size and T the block size. A window is T + 1 tokens: T inputs, and T targets shifted by one.
 """
 
 import functools
@@ -15,29 +15,24 @@ from jaxtyping import Int32, Int64, UInt64
 from gptjax.data.token_files import Tokens
 from gptjax.errors import UserError
 
-PADDING = -1  # an id after the end of the tokens; as a target, the loss ignores it
-_WINDOW, _SHUFFLE = 0, 1  # what random numbers are for: separate streams of one seed
+PADDING = -1  # the id past the end of the tokens; the loss ignores it as a target
+_WINDOW, _SHUFFLE = 0, 1  # separate random streams of one seed
 
+Order = Literal["random", "epoch"]
 Result = TypeVar("Result")
 
 
 def starts(
-    n_tokens: int,
-    *,
-    block_size: int,
-    batch_size: int,
-    seed: int,
-    step: int,
-    order: Literal["random", "epoch"] = "random",
+    n_tokens: int, *, block_size: int, batch_size: int, seed: int, step: int, order: Order = "random"
 ) -> Int64[np.ndarray, " B"]:
-    """Where the windows of batch `step` start.
+    """Return where the windows of batch `step` start.
 
-    'random': uniform over every start, with replacement, as in nanoGPT. 'epoch': the n windows that start at multiples
-    of `block_size`, each once in every n draws, in an order of that epoch's own; a batch may span two epochs.
+    'random': uniform over all starts, with replacement, as in nanoGPT. 'epoch': the n windows that start at multiples
+    of `block_size`, each once per epoch of n draws, shuffled anew in every epoch; a batch may span two epochs.
     """
     if order == "random":
         raw_B = _random_bits(seed, step, _WINDOW, batch_size)
-        return (raw_B % np.uint64(n_tokens - block_size)).astype(np.int64)  # bias below n_tokens / 2**64
+        return (raw_B % np.uint64(n_tokens - block_size)).astype(np.int64)  # its bias is below n_tokens / 2**64
     n_windows = (n_tokens - 1) // block_size
     epoch_B, place_B = np.divmod(step * batch_size + np.arange(batch_size), n_windows)
     pairs = zip(epoch_B.tolist(), place_B.tolist(), strict=True)
@@ -46,30 +41,30 @@ def starts(
 
 
 def sequential_starts(n_tokens: int, block_size: int) -> Int64[np.ndarray, " W"]:
-    """The windows in which every token after the first is a target exactly once; the last may be padded."""
+    """Return the starts of windows that have every token but the first as a target once; the last may be padded."""
     return np.arange(0, n_tokens - 1, block_size, dtype=np.int64)
 
 
 def windows(
     tokens: Tokens, starts_B: Int64[np.ndarray, " B"], block_size: int, vocab_size: int | None = None
 ) -> Int32[np.ndarray, "B {block_size}+1"]:
-    """The tokens of each window, `PADDING` past their end.
+    """Return the tokens of each window, with `PADDING` past the end of the tokens.
 
-    Raises `UserError` where an id does not fit `vocab_size`: the files were made with another tokenizer.
+    Raises `UserError` if an id is not below `vocab_size`: the files were made with another tokenizer.
     """
     ids_BT = np.full((len(starts_B), block_size + 1), PADDING, np.int32)
     for ids_T, window in zip(ids_BT, tokens.windows(starts_B.tolist(), block_size + 1), strict=True):
         ids_T[: len(window)] = window
     if vocab_size is not None and ids_BT.size and (largest := int(ids_BT.max())) >= vocab_size:
         raise UserError(
-            f"{tokens.paths[0]} and its like hold token {largest}, but the tokenizer's vocab_size={vocab_size}: they "
-            "were made with another tokenizer; name that one with --data.tokenizer"
+            f"{tokens.paths[0]} and its like hold token {largest}, but the tokenizer's vocab_size={vocab_size}: name "
+            "the tokenizer that made them with --data.tokenizer"
         )
     return ids_BT
 
 
 def prefetch(function: Callable[[int], Result], steps: Iterable[int], depth: int = 2) -> Generator[Result, None, None]:
-    """Yield `function(step)` for each step in order, computed up to `depth` ahead in a background thread."""
+    """Yield `function(step)` for each step in order, computed in a background thread up to `depth` steps ahead."""
     executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     pending: deque[Future[Result]] = deque()
     try:
@@ -84,9 +79,9 @@ def prefetch(function: Callable[[int], Result], steps: Iterable[int], depth: int
 
 
 def _random_bits(seed: int, position: int, use: int, n: int) -> UInt64[np.ndarray, " n"]:
-    """Raw Philox output, which NumPy keeps the same in every version, as it does not for `Generator` (NEP 19).
+    """Return raw Philox output, which is the same in every version of NumPy, unlike `Generator`'s (NEP 19).
 
-    The counter's lowest word counts the draws, so no two positions or uses overlap.
+    The counter's lowest word counts the draws, so the streams of two positions or uses do not overlap.
     """
     return np.random.Philox(key=seed, counter=[0, position, 0, use]).random_raw(n)
 

