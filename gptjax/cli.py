@@ -1,6 +1,7 @@
-"""The command line that a dataclass describes: typed options, nested sections, errors of one line."""
+"""The command line of a dataclass: a typed option for each field, and one-line errors that suggest the nearest name."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import re
@@ -8,6 +9,7 @@ import runpy
 import traceback
 import typing
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -16,21 +18,16 @@ from gptjax.errors import UserError
 
 
 def load_config_file(path: Path) -> Config:
-    """Run a Python config file and return the `config` that it builds.
-
-    Raises:
-        UserError: there is no such file, it fails, or it builds no `Config` named `config`.
-    """
+    """Run a Python config file and return its `config`; `UserError` if it has none or raises an error."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
         raise UserError(f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:
-        trace = error.__traceback__
-        lines = [f.lineno for f in traceback.extract_tb(trace) if f.filename == str(path)]
-        where = f"{path}, line {lines[-1]}" if lines else str(path)
-        raise UserError(f"{where}: {_explain(error)}") from error
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        place = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise UserError(f"{place}: {_explain(error)}") from error
     if not isinstance(config, Config):
         raise UserError(f"{path} builds no `config = Config(...)`")
     return config
@@ -46,20 +43,19 @@ def _explain(error: Exception) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are `UserError`s, with typed options made from dataclass fields."""
+    """An ArgumentParser that raises `UserError` and takes its options from dataclasses."""
 
     def __init__(self, prog: str, description: str | None, add_help: bool = True) -> None:
-        super().__init__(
-            prog, description=description, add_help=add_help, allow_abbrev=False, formatter_class=_HelpFormatter
-        )
+        super().__init__(prog, "%(prog)s [options]", description, add_help=add_help, allow_abbrev=False)
+        self.formatter_class = partial(argparse.HelpFormatter, max_help_position=34, width=110)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def add_fields(self, defaults: Any, prefix: str = "") -> None:
-        """Add `--prefix.field` for every field of a dataclass, nested sections as groups of their own.
+        """Add an option `--prefix.field` for each field of a dataclass, and a group for each nested dataclass.
 
-        A field that is a tuple takes one value or more.
+        A tuple field takes one or more values.
         """
         group = self.add_argument_group(prefix or "options")
         hints = typing.get_type_hints(type(defaults))
@@ -69,24 +65,24 @@ class Parser(argparse.ArgumentParser):
             if dataclasses.is_dataclass(default):
                 self.add_fields(default, name)
                 continue
+            number: dict[str, Any] = {"nargs": "+"} if typing.get_origin(hint) is tuple else {}
+            if spec.metadata.get("positional"):
+                self.usage = f"{self.usage} {name.upper()}"
+                self.add_argument(name, metavar=name.upper(), type=_reader(hint), help=spec.metadata["help"], **number)
+                continue
+            if hint is bool:
+                number = {"nargs": "?", "const": True}
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             text = f"{spec.metadata['help']} (default: {'none' if shown in (None, '') else shown})".replace("%", "%%")
             metavar = type_name(hint).removeprefix("a ").removeprefix("an ")
-            if spec.metadata.get("positional"):
-                number: dict[str, Any] = {"nargs": "+"} if typing.get_origin(hint) is tuple else {}
-                self.add_argument(name, metavar=name.upper(), type=_reader(hint), help=spec.metadata["help"], **number)
-                continue
-            flag: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
-            flag = {"nargs": "+"} if typing.get_origin(hint) is tuple else flag
             group.add_argument(
-                f"--{name}", dest=name, metavar=metavar, type=_reader(hint), default=default, help=text, **flag
+                f"--{name}", dest=name, metavar=metavar, type=_reader(hint), default=default, help=text, **number
             )
 
     def parse(self, argv: Sequence[str], *defaults: Any, strict: bool = True) -> Any:
-        """Each of the `defaults` (after `add_fields` for each) with the fields that `argv` names replaced.
+        """A copy of each of `defaults`, whose fields were added before, with the values that `argv` gives.
 
-        Raises:
-            UserError: an unknown option (with the nearest known one) if strict, a wrong type, values that do not fit.
+        Raises `UserError` if a value does not fit, or (if strict) if an option is unknown.
         """
         values, unknown = self.parse_known_args([_normalize(argument) for argument in argv])
         if unknown and strict:
@@ -95,17 +91,8 @@ class Parser(argparse.ArgumentParser):
         return [_build(default, vars(values), "") for default in defaults]
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=110)
-
-    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
-        places = "".join(f" {action.metavar}" for action in actions if not action.option_strings)
-        super().add_usage(f"%(prog)s [options]{places}", actions, groups, prefix)
-
-
 def _normalize(argument: str) -> str:
-    """`--train.max-steps=3` as `--train.max_steps=3`."""
+    """`--train.max_steps=3` for `--train.max-steps=3`."""
     name, equals, value = argument.partition("=")
     return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
@@ -117,36 +104,33 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 def _build(defaults: Any, values: dict[str, Any], prefix: str) -> Any:
-    changes = {
-        spec.name: _build(default, values, f"{prefix}{spec.name}.")
-        if dataclasses.is_dataclass(default := getattr(defaults, spec.name))
-        else tuple(value)
-        if isinstance(value := values[prefix + spec.name], list)
-        else value
-        for spec in dataclasses.fields(defaults)
-    }
+    changes: dict[str, Any] = {}
+    for spec in dataclasses.fields(defaults):
+        default, name = getattr(defaults, spec.name), prefix + spec.name
+        if dataclasses.is_dataclass(default):
+            changes[spec.name] = _build(default, values, f"{name}.")
+        else:
+            changes[spec.name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
     return dataclasses.replace(defaults, **changes)
 
 
 def _reader(hint: Any) -> Any:
-    """The function that reads a value of type `hint` from the command line, or one of a tuple's values."""
+    """The function that reads one value of type `hint` (of a tuple, one element) from the command line."""
+    options = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return _reader(typing.get_args(hint)[0])
+        return _reader(options[0])
+    plain = next((option for option in options if option is not type(None)), hint)
 
     def read(text: str) -> Any:
-        options = typing.get_args(hint)
         if typing.get_origin(hint) is Literal and text in options:
             return text
         if type(None) in options and text.lower() == "none":
             return None
-        plain = next((t for t in options if t is not type(None)), hint) if options else hint
-        try:
+        with contextlib.suppress(ValueError, KeyError):
             if plain is bool:
                 return {"true": True, "false": False}[text.lower()]
             if plain in (int, float, str):
                 return plain(text)
-        except (ValueError, KeyError):
-            pass
         raise argparse.ArgumentTypeError(f"{text!r} is not {type_name(hint)}")
 
     return read

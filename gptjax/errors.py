@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and how the commands report it."""
+"""UserError, for mistakes that the user can fix, and how a command reports it: one line and an exit code."""
 
 import contextlib
 import errno
@@ -8,16 +8,16 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the message is one line: what, where, and the way out."""
+    """A mistake that the user can fix. Its message is one line: the problem, its place and the fix."""
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what `exit_code_and_message` knows inside the block into one line on stderr and an exit code."""
+    """Exit with one line on stderr where the block raises an error that `exit_code_and_message` knows."""
     try:
         yield
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports the error again at exit
         sys.exit(141)
     except BaseException as error:
         known = exit_code_and_message(error)
@@ -29,16 +29,19 @@ def one_line_errors() -> Iterator[None]:
 
 
 def exit_code_and_message(error: BaseException) -> tuple[int, str] | None:
-    """The exit code of a user's mistake or a full disk, 2, or of Ctrl-C, 130, and what to say; None for a bug."""
+    """The exit code and message of a user's mistake or a full disk (2) or of Ctrl-C (130); None for a bug."""
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
-    if not isinstance(error, OSError):
-        return None
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not full and error.filename is None:
-        return None
-    where = f"{error.filename}: " if error.filename is not None else ""
-    way_out = "; make room, and go on with --resume" if full else "; name another path"
-    return 2, f"{where}{error.strerror}{way_out}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return 2, f"{place}{error.strerror}; free some space and continue with --resume"
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, f"{error.filename}: {error.strerror}; name another path"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message, at most 200 characters of it, or else the error's type."""
+    return str(error).partition("\n")[0][:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The machine that a process runs on: how many devices its cores are, its memory, and programs compiled before."""
+"""The machine that a process runs on: its cores, its memory, and the cache of compiled programs."""
 
 import contextlib
 import ctypes
@@ -11,9 +11,9 @@ M_TOP_PAD, M_MMAP_THRESHOLD = -2, -3  # of glibc's malloc.h
 
 
 def use_cores(rows: int, n_devices: int) -> None:
-    """Prepare, and make `n_devices` CPU devices, 0: as many as there are cores and as divide `rows`; before jax runs.
+    """Call `prepare` and make `n_devices` CPU devices; 0: as many as there are cores and as divide `rows`.
 
-    Changes nothing on a machine whose devices are GPUs or TPUs.
+    Call it before JAX runs anything. It does not change the number of GPUs or TPUs.
     """
     import jax
 
@@ -28,16 +28,16 @@ def n_cores() -> int:
 
 
 def prepare() -> None:
-    """Have this process use again the memory that it frees and the programs that were compiled before."""
+    """Make this process reuse the memory that it frees and the programs that an earlier process compiled."""
     keep_freed_memory()
-    keep_compiled_programs()
+    cache_compiled_programs()
 
 
-def keep_compiled_programs() -> None:
-    """Have XLA keep the programs that took it longer than a fifth of a second, and read them when they come again.
+def cache_compiled_programs() -> None:
+    """Cache on disk the programs that take XLA longer than 0.2 seconds to compile, at most 2 GiB of them.
 
-    They lie in JAX_COMPILATION_CACHE_DIR or in ~/.cache/gptjax/xla (XDG_CACHE_HOME in place of ~/.cache), 2 GiB of them
-    at most; with JAX_ENABLE_COMPILATION_CACHE=false, or where that folder cannot be written, none.
+    The folder is JAX_COMPILATION_CACHE_DIR or else ~/.cache/gptjax/xla (XDG_CACHE_HOME replaces ~/.cache). There is no
+    cache if JAX_ENABLE_COMPILATION_CACHE is false or if the folder cannot be made.
     """
     import jax
 
@@ -53,20 +53,20 @@ def keep_compiled_programs() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that a step frees, for the next step to use again.
+    """Make glibc keep the memory that a training step frees, so that the next step can use it.
 
-    By default each large array goes back to the kernel, which hands it out anew page by page: 75 ms a step of
-    configs/shakespeare.py on two cores, 46 with the memory kept. Other C libraries are left as they are.
+    By default glibc returns each large array to the kernel, which then hands it out again page by page. Measured:
+    docs/performance.md. Other C libraries stay as they are.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TOP_PAD, 64 << 20)
-        _ = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)  # older ones allow no more
+        _ = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)  # old versions refuse the first
 
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32, and this jax has it do so (from 0.12 on)."""
+    """Whether this CPU multiplies bfloat16 faster than float32 and this JAX (0.12 or later) makes use of it."""
     import jax
 
     if jax.__version_info__ < (0, 12):
@@ -77,7 +77,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def peak_host_memory() -> int:
-    """The most memory this process has held, in bytes: its largest resident set (0 on Windows, which has none)."""
+    """The largest resident set of this process so far, in bytes; 0 on Windows, which does not tell."""
     if sys.platform == "win32":
         return 0
     import resource
