@@ -1,4 +1,4 @@
-"""The run directory: a run's config, tokenizer, checkpoints and metrics in one folder that needs nothing else."""
+"""The run directory: the config, tokenizer, checkpoints and metrics of a run in one self-contained folder."""
 
 import re
 from pathlib import Path
@@ -15,10 +15,9 @@ from gptjax.training import init_state
 
 
 def new_run_dir(name: str, out_dir: str | None) -> Path:
-    """A folder for a new run: `out_dir`, else the first of out/NAME, out/NAME-2, out/NAME-3, ... that holds none.
+    """The folder for a new run: `out_dir`, or else the first of out/NAME, out/NAME-2, out/NAME-3, ... without a run.
 
-    Raises:
-        UserError: `out_dir` already holds a run.
+    Raises `UserError` if `out_dir` already holds a run.
     """
     if out_dir is not None:
         if holds_run(Path(out_dir)):
@@ -32,21 +31,24 @@ def new_run_dir(name: str, out_dir: str | None) -> Path:
 
 
 def holds_run(path: Path) -> bool:
-    """Whether there is a run with a checkpoint in `path`."""
-    return (path / "config.json").exists() and any(step.name.isdecimal() for step in (path / "checkpoints").glob("*/*"))
+    """Whether `path` holds a run with any checkpoint."""
+    return _has_checkpoint(path, "*")
 
 
 def can_resume(path: Path) -> bool:
-    """Whether there is a run in `path` that can go on; one that was killed before its first save cannot."""
-    latest = path / "checkpoints" / "latest"
-    return (path / "config.json").exists() and any(step.name.isdecimal() for step in latest.glob("*"))
+    """Whether `path` holds a run that can continue. A run that was killed before its first save cannot."""
+    return _has_checkpoint(path, "latest")
+
+
+def _has_checkpoint(path: Path, which: str) -> bool:
+    steps = (path / "checkpoints").glob(f"{which}/*")
+    return (path / "config.json").exists() and any(step.name.isdecimal() for step in steps)
 
 
 def newest_run(name: str | None = None) -> Path:
-    """The run in out/ whose checkpoints changed last; with a name, of out/NAME, out/NAME-2, out/NAME-3, ...
+    """The run in out/ that saved last; with a name, among out/NAME, out/NAME-2, out/NAME-3, ...
 
-    Raises:
-        UserError: there is none.
+    Raises `UserError` if there is none.
     """
     fits = re.compile(f"{re.escape(name)}(-[0-9]+)?" if name else ".*")
     runs = [path for path in Path("out").glob("*") if fits.fullmatch(path.name) and holds_run(path)]
@@ -56,11 +58,7 @@ def newest_run(name: str | None = None) -> Path:
 
 
 def load_run(path: Path, which: Literal["best", "latest"]) -> tuple[Config, Any, Tokenizer]:
-    """Config, parameters (on the default device) and tokenizer of a run.
-
-    Raises:
-        UserError: `path` holds no such run, or its checkpoint is damaged.
-    """
+    """The config, parameters (on the default device) and tokenizer of a run; `UserError` if any cannot be read."""
     config = Config.from_json(path / "config.json")
     abstract = with_shardings(one_device(), jax.eval_shape(lambda: init_state(config)).params)
     trees, _ = Checkpoints(path / "checkpoints" / which, read_only=True).restore(params=abstract)
@@ -68,14 +66,14 @@ def load_run(path: Path, which: Literal["best", "latest"]) -> tuple[Config, Any,
 
 
 def trained_tokens(path: Path, which: Literal["best", "latest"]) -> int:
-    """How many tokens a run's checkpoint was trained on, those of every epoch counted."""
+    """The tokens that a run's checkpoint was trained on, those of every epoch counted."""
     config = Config.from_json(path / "config.json")
     step = Checkpoints(path / "checkpoints" / which, read_only=True).step or 0
     return step * config.train.batch_size * config.model.block_size
 
 
 def require_resumable(saved: Config, config: Config) -> None:
-    """Raise `UserError`, naming the field, where `config` would not continue exactly what `saved` began."""
+    """Raise `UserError` with the field that keeps `config` from continuing exactly the run that has `saved`."""
     old, new = flat(saved), flat(config)
     for name in old:
         if not field_metadata(name)["free_on_resume"] and old[name] != new[name]:
@@ -84,15 +82,11 @@ def require_resumable(saved: Config, config: Config) -> None:
                 f"pass --{name} {old[name]} or start a new run (without --resume, with another --out_dir)"
             )
     if saved.mesh != config.mesh:
-        print(f"note: the run was on {saved.mesh}, now it is on {config.mesh}: equal up to rounding, not bit for bit")
-    if decay_end(saved) != decay_end(config):
+        print(f"note: the mesh of the run was {saved.mesh} and is now {config.mesh}: equal up to rounding only")
+    before, after = [c.optimizer.decay_steps or c.train.max_steps for c in (saved, config)]
+    if before != after:
         raise UserError(
             f"cannot resume with train.max_steps={config.train.max_steps}: it would move the end of the learning-rate "
-            f"decay from step {decay_end(saved)} to {decay_end(config)}; to train on at the floor pass "
-            f"--optimizer.decay_steps {decay_end(saved)}"
+            f"decay from step {before} to {after}; to continue at the final learning rate pass "
+            f"--optimizer.decay_steps {before}"
         )
-
-
-def decay_end(config: Config) -> int:
-    """The step at which the learning rate reaches its floor."""
-    return config.optimizer.decay_steps or config.train.max_steps
