@@ -1,4 +1,4 @@
-"""What a person watches: metrics.csv, TensorBoard, and a progress bar or plain lines."""
+"""The metrics of a run, step by step: metrics.csv, TensorBoard, and a progress bar or plain lines."""
 
 import contextlib
 import csv
@@ -9,8 +9,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from rich.console import Console
@@ -22,18 +21,20 @@ from gptjax.errors import UserError
 from gptjax.files import write_atomically
 
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second")
-SECONDS_BETWEEN_LINES = 5.0  # where output is no terminal
+SECONDS_BETWEEN_LINES = 5.0  # where the output is not a terminal
 
 
 class Metrics:
-    """Takes each step's metrics and, one step later, reads them off the device, so that it never waits for the host.
+    """Reads each step's metrics off the device one step late, so that the device never waits for the host.
 
-    One row every log_interval steps and at every evaluation: train_loss is the mean over the steps since the row
-    before, learning_rate and grad_norm are that step's, tokens_per_second leaves evaluations and checkpoints out.
+    It writes a row every log_interval steps and at every evaluation. There train_loss is the mean over the steps since
+    the last row, learning_rate and grad_norm are those of the step, and tokens_per_second excludes evaluations and
+    checkpoints.
     """
 
     def __init__(self, run_dir: Path, config: Config, start: int, seconds: float, flops: float, peak: float) -> None:
-        """`seconds` the run took up to step `start`; `flops` of a token; `peak` FLOP/s of all devices, nan: unknown."""
+        """`seconds` is the run's time until step `start`, `flops` are those of a token, and `peak` the FLOP/s of all
+        devices (nan: unknown)."""
         self.config, self.step = config, start
         self._tokens_per_step = config.train.batch_size * config.model.block_size
         self._mfu_per_token_rate = flops / peak
@@ -42,31 +43,29 @@ class Metrics:
         self._last: dict[str, float] = {}
         self._began, self._row_began = time.perf_counter() - seconds, time.perf_counter()
         self._row_step, self._paused = start, 0.0
-        from tensorboardX import SummaryWriter  # here, as it imports torch where there is one: a second or two
-
-        self._csv = _CsvFile(run_dir / "metrics.csv", start) if distributed.is_first() else None
-        self._tensorboard = SummaryWriter(
+        self._csv = _open_csv(run_dir / "metrics.csv", start) if distributed.is_first() else None
+        self._tensorboard = _import_summary_writer()(
             str(run_dir / "tensorboard"),
             purge_step=start + 1 if start else None,
             write_to_disk=distributed.is_first(),
         )
         self._display = _Display(config.train.max_steps, start)
+        self.print = self._display.print
 
     @property
     def seconds(self) -> float:
-        """Since the run began, less the time between a stop and its resumption."""
+        """The run's time so far, without the time between a stop and its resumption."""
         return time.perf_counter() - self._began
 
     def add(self, step: int, metrics: Any) -> None:
-        """Note the metrics, still on the device, of a step just dispatched."""
+        """Take the metrics, still on the device, of the step that was just dispatched."""
         self.flush()
         self._pending = (step, metrics)
 
     def flush(self, last: bool = False) -> None:
-        """Wait for the last step that was added and take it into account; if no other follows, write its row.
+        """Wait for the step that was added last, and write its row if it is due or if no step follows.
 
-        Raises:
-            UserError: its loss or its gradients are not finite.
+        Raises `UserError` if its loss or its gradient is not finite.
         """
         if self._pending is None:
             if last and self._losses:
@@ -80,15 +79,14 @@ class Metrics:
             rates = " or ".join(f"optimizer.{name}={getattr(self.config.optimizer, name)}" for name in names)
             raise UserError(
                 f"train_loss={loss} and grad_norm={norm} at step {self.step}: the run diverged; lower {rates}, "
-                "warm up for longer or clip harder; checkpoints are kept"
+                "warm up for longer or clip harder; its checkpoints are kept"
             )
         self._losses.append(loss)
-        evaluated = self.step % train.eval_interval == 0 or self.step == train.max_steps  # and so gets its row
-        if last or (self.step % train.log_interval == 0 and not evaluated):
+        if last or (self.step % train.log_interval == 0 and not train.evaluates(self.step)):
             self.row()
 
     def row(self, val_loss: float | None = None) -> None:
-        """Write what was seen since the last row."""
+        """Write a row for the steps since the last one."""
         now, n_steps = time.perf_counter(), self.step - self._row_step
         rate = n_steps * self._tokens_per_step / (now - self._row_began - self._paused) if n_steps else None
         values = {
@@ -102,7 +100,7 @@ class Metrics:
             "tokens_per_second": rate and round(rate, 1),
         }
         if self._csv:
-            self._csv.writerow(values)
+            csv.DictWriter(self._csv, COLUMNS, lineterminator="\n").writerow(values)
         for name in COLUMNS[3:]:
             if values[name] is not None:
                 self._tensorboard.add_scalar(name, values[name], self.step)
@@ -111,45 +109,45 @@ class Metrics:
 
     @contextlib.contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """What happens inside does not count as training time."""
+        """Exclude the block from training time, and show on the progress bar what it does."""
         begin = time.perf_counter()
         self._display.note(doing)
         yield
         self._display.note("")
         self._paused += time.perf_counter() - begin
 
-    def print(self, text: str) -> None:
-        """A line above the progress bar."""
-        self._display.print(text)
-
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._display.close()
+    def __exit__(self, *exception: object) -> None:
+        self._display.bar.stop()
         if self._csv:
             self._csv.close()
         self._tensorboard.close()
 
 
-class _CsvFile:
-    """Rows appended to metrics.csv; those behind `start`, the step that a run resumes from, are dropped."""
+def _open_csv(path: Path, start: int) -> TextIO:
+    """metrics.csv, open for more rows, without those after `start`, the step from which a run resumes."""
+    kept = []
+    for line in path.read_text().splitlines() if start and path.exists() else []:
+        step = line.partition(",")[0]
+        if step.isdecimal() and int(step) <= start:
+            kept.append(line)
+    write_atomically(path, "\n".join([",".join(COLUMNS), *kept]) + "\n")
+    return path.open("a", newline="", buffering=1)  # a row is in the file as soon as it is written
 
-    def __init__(self, path: Path, start: int) -> None:
-        lines = path.read_text().splitlines() if start and path.exists() else []
-        kept = [
-            line for line in lines[1:] if line.partition(",")[0].isdecimal() and int(line.partition(",")[0]) <= start
-        ]
-        write_atomically(path, "\n".join([",".join(COLUMNS), *kept]) + "\n")
-        self._file = path.open("a", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
 
-    def writerow(self, values: dict[str, Any]) -> None:
-        self._writer.writerow(values)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+def _import_summary_writer() -> Any:
+    """tensorboardX's SummaryWriter, imported without PyTorch, which it does not need but takes seconds to import."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 class _Display:
@@ -157,13 +155,11 @@ class _Display:
 
     def __init__(self, max_steps: int, start: int) -> None:
         self._max_steps, self._start, self._began, self._printed = max_steps, start, time.perf_counter(), 0.0
-        self._console = Console()
-        self._bar: Progress | None = None
-        self._text = "compiling"
-        if self._console.is_terminal:
-            self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console, transient=True)
-            self._task = self._bar.add_task(self._text, total=max_steps, completed=start)
-            self._bar.start()
+        self._console, self._text = Console(), "compiling"
+        columns, hidden = (BarColumn(), TextColumn("{task.description}")), not self._console.is_terminal
+        self.bar = Progress(*columns, console=self._console, transient=True, disable=hidden)
+        self._task = self.bar.add_task(self._text, total=max_steps, completed=start)
+        self.bar.start()
 
     def show(self, step: int, values: dict[str, Any], mfu: float) -> None:
         text = f"step {step:,}/{self._max_steps:,}"
@@ -176,25 +172,21 @@ class _Display:
             left = timedelta(seconds=round(elapsed / max(step - self._start, 1) * (self._max_steps - step)))
             text += f"  ETA {left}" if step < self._max_steps else ""
         self._text = text
-        if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
-        elif values["val_loss"] is None and time.perf_counter() - self._printed >= SECONDS_BETWEEN_LINES:
+        self.bar.update(self._task, completed=step, description=text)
+        quiet = self._console.is_terminal or time.perf_counter() - self._printed < SECONDS_BETWEEN_LINES
+        if values["val_loss"] is None and not quiet:
             self.print(text)
 
     def note(self, doing: str) -> None:
-        if self._bar:
-            self._bar.update(self._task, description=self._text + (f"  ({doing})" if doing else ""))
+        self.bar.update(self._task, description=self._text + (f"  ({doing})" if doing else ""))
 
     def print(self, text: str) -> None:
+        """Print a line above the progress bar."""
         self._printed = time.perf_counter()
         try:
-            if self._bar:
+            if self._console.is_terminal:
                 self._console.print(text, highlight=False, markup=False)
             else:
                 print(text, flush=True)
-        except BrokenPipeError:  # a lost terminal, or `| tee` stopped by the same Ctrl-C: no reason to lose the run
+        except BrokenPipeError:  # the terminal is gone, or Ctrl-C also stopped `| tee`; the run can still be saved
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
