@@ -1,20 +1,19 @@
-"""What a run has to show for itself: the picture of its losses and its closing words."""
+"""The report of a run: the plot of its losses and a summary in Markdown."""
 
 import math
-import os
 import re
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Float, Real
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from gptjax.files import replacing
 from gptjax.host import peak_host_memory
 
 Columns = dict[str, Float[np.ndarray, " R"]]  # a column's name -> its R rows
@@ -25,27 +24,23 @@ TRAIN, VAL, INK, GRID = "#3b6fb6", "#d1495b", "#3a3a3a", "#e6e6e6"
 def read_metrics(path: str | Path) -> Columns:
     """The columns of a run's metrics.csv as float64 arrays, nan where nothing was measured.
 
-    Lines that are not whole are left out, so a run that is writing can be read, and where a resumed run repeats
-    steps, its later lines count.
+    An incomplete line is left out, so the file can be read while the run writes it.
     """
     text = Path(path).read_text(encoding="utf-8")
     header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
     names = header.split(",")
     rows = [cells for line in lines if len(cells := line.split(",")) == len(names)]
     table = np.array([[float(cell or "nan") for cell in row] for row in rows]).reshape(-1, len(names))
-    steps = table[:, names.index("step")] if "step" in names else np.arange(len(table))
-    lowest_from = np.minimum.accumulate(steps[::-1])[::-1]
-    table = table[steps < np.append(lowest_from[1:], np.inf)]
     return {name: table[:, i] for i, name in enumerate(names)}
 
 
 def overfitting_onset(
     steps: Real[np.ndarray, " E"], val_losses: Float[np.ndarray, " E"], *, margin: float = 0.01
 ) -> int | None:
-    """The step of the best validation loss if validation has clearly risen since, otherwise None.
+    """The step of the best validation loss if the loss has clearly risen since, otherwise None.
 
-    Clearly: the last two evaluations both lie more than `margin` (a fraction, 1%) above the best one. One bad
-    evaluation, a plateau whose noise is a few tenths of a percent and a loss on its way back down are not enough.
+    It has clearly risen if the last two evaluations both lie more than `margin` (a fraction) above the best one. One
+    bad evaluation, a noisy plateau or a loss that falls again are not enough.
     """
     evaluated = np.isfinite(val_losses)
     steps, losses = steps[evaluated], val_losses[evaluated]
@@ -57,9 +52,9 @@ def overfitting_onset(
 
 
 def smooth(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """A centred moving average (Hann window over 4% of the values), which unlike an exponential one does not lag.
+    """A centred moving average with a Hann window over 4% of the values; it does not lag, as an exponential one does.
 
-    Beyond the first value the curve goes on as steeply as it began, beyond the last it is mirrored.
+    Before the first value the curve is continued with its slope there; after the last it is mirrored.
     """
     half = len(values) // 50
     window = np.hanning(2 * half + 3)[1:-1]
@@ -68,73 +63,60 @@ def smooth(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
 
 
 def plot_losses(metrics_csv: str | Path, png: str | Path, *, title: str) -> None:
-    """Draw a run's training and validation loss over its steps, with the best step and where overfitting begins.
+    """Plot the losses of a run. The picture is replaced atomically, so a viewer never sees half of it."""
+    figure = loss_figure(read_metrics(metrics_csv), title)
+    with replacing(Path(png)) as temporary:
+        figure.savefig(temporary, format="png")
 
-    Takes a fraction of a second; the file is replaced at once, so a viewer never sees half a picture. No pyplot,
-    whose figures would pile up in a training loop.
+
+def loss_figure(metrics: Columns, title: str) -> Figure:
+    """Training and validation loss over steps and tokens, the best step, and where overfitting begins.
+
+    The figure is not made by pyplot, which would keep every figure of a training loop in memory.
     """
-    metrics, png = read_metrics(metrics_csv), Path(png)
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _set_limits(axes, metrics)
-    _draw_train(axes, *_finite(metrics, "train_loss"))
-    _draw_val(axes, *_finite(metrics, "val_loss"), end=metrics["step"][-1:].sum())
-    _style(axes, metrics, title)
-    temporary = png.with_name(f".{png.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, png)
+    _draw_losses(axes, metrics)
+    _fit_axes(axes, metrics)
+    tokens_per_step = metrics["tokens"][-1:].sum() / max(metrics["step"][-1:].sum(), 1)
+
+    def step_and_tokens(step: float, _: int) -> str:
+        return f"{step:,.0f}\n{_count(step * tokens_per_step)} tokens" if tokens_per_step else f"{step:,.0f}"
+
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(step_and_tokens))
+    axes.set_title(title, loc="left", fontsize=14, fontweight="bold", color=INK, pad=30, parse_math=False)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel("loss (nats per token)", color=INK)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.tick_params(colors=INK, length=0, pad=6)
+    axes.spines[:].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=4, frameon=False, labelcolor=INK)
+    return figure
 
 
-def _finite(metrics: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
-    measured = np.isfinite(metrics[name])
-    return metrics["step"][measured], metrics[name][measured]
-
-
-def _draw_train(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
-    if len(losses) >= 50:  # fewer are not smoothed
-        axes.plot(steps, losses, color=TRAIN, alpha=0.22, linewidth=0.8)
-    if len(losses):
-        marker = "o" if len(losses) == 1 else None
-        axes.plot(steps, smooth(losses), color=TRAIN, linewidth=1.8, marker=marker, markersize=4.5, label="training")
-
-
-def _draw_val(axes: Axes, steps: np.ndarray, losses: np.ndarray, end: float) -> None:
-    if len(losses) == 0:
-        return
-    markersize = 4.5 if len(losses) <= 50 else 0
-    axes.plot(steps, losses, color=VAL, linewidth=1.8, marker="o", markersize=markersize, label="validation", zorder=3)
-    onset = overfitting_onset(steps, losses)
-    if onset is not None:
+def _draw_losses(axes: Axes, metrics: Columns) -> None:
+    (steps, train), (val_steps, val) = _finite(metrics, "train_loss"), _finite(metrics, "val_loss")
+    if len(train) >= 50:  # fewer are not smoothed
+        axes.plot(steps, train, color=TRAIN, alpha=0.22, linewidth=0.8)
+    if len(train):
+        marker = "o" if len(train) == 1 else ""
+        axes.plot(steps, smooth(train), marker, color=TRAIN, linewidth=1.8, label="training")
+    if len(val):
+        marker = "o-" if len(val) <= 50 else "-"
+        axes.plot(val_steps, val, marker, color=VAL, linewidth=1.8, markersize=4.5, label="validation")
+        best = int(np.argmin(val))
+        label = f"best: {val[best]:.4f} at step {int(val_steps[best]):,}"
+        axes.plot(val_steps[best], val[best], "o", color=VAL, markersize=9, markeredgecolor="white", label=label)
+    if (onset := overfitting_onset(val_steps, val)) is not None:
         axes.axvline(onset, color=VAL, linewidth=1, linestyle=(0, (4, 3)), alpha=0.8)
-        axes.axvspan(onset, end, color=VAL, alpha=0.08, linewidth=0, label=f"overfitting from step {onset:,}")
-    _mark_best(axes, steps, losses, end)
+        end, label = metrics["step"][-1], f"overfitting from step {onset:,}"
+        axes.axvspan(onset, end, color=VAL, alpha=0.08, linewidth=0, label=label)
 
 
-def _mark_best(axes: Axes, steps: np.ndarray, losses: np.ndarray, end: float) -> None:
-    best = int(np.argmin(losses))
-    step, loss = steps[best], losses[best]
-    axes.plot(step, loss, "o", color=VAL, markersize=9, markeredgecolor="white", markeredgewidth=1.5, zorder=4)
-    side = -1 if step > end / 2 else 1
-    beside = np.interp(np.linspace(step, step + side * 0.14 * end, 20), steps, losses)  # what the text must clear
-    bottom, top = axes.get_ylim()
-    below = loss > top - 0.2 * (top - bottom)
-    axes.annotate(
-        f"best {loss:.4f}\nat step {int(step):,}",
-        (step, loss if below else min(beside.max(), top - 0.2 * (top - bottom))),
-        xytext=(side * -4, -12 if below else 12),
-        textcoords="offset points",
-        va="top" if below else "bottom",
-        ha="right" if side < 0 else "left",
-        color=VAL,
-        fontweight="bold",
-        path_effects=[withStroke(linewidth=4, foreground="white")],
-        zorder=5,
-    )
-
-
-def _set_limits(axes: Axes, metrics: Columns) -> None:
-    """Fit the axes to the run without its first 5%, whose high losses would flatten all the rest."""
+def _fit_axes(axes: Axes, metrics: Columns) -> None:
+    """Fit the axes to the run without its first 5%, whose high losses would flatten the rest."""
     (train_steps, train), (val_steps, val) = _finite(metrics, "train_loss"), _finite(metrics, "val_loss")
     steps, losses = np.concatenate([train_steps, val_steps]), np.concatenate([smooth(train), val])
     if len(losses) == 0:
@@ -143,29 +125,17 @@ def _set_limits(axes: Axes, metrics: Columns) -> None:
     late = losses[steps > first + 0.05 * (last - first)]
     if len(losses) < 20 or len(late) < 2 or np.ptp(losses) < 1.5 * np.ptp(late):
         late = losses
-    room = max(0.06 * np.ptp(late), 2.5 * np.std((train - smooth(train))[len(train) // 20 :] if len(train) else 0))
-    axes.set_ylim(late.min() - (room or 0.1), late.max() + (room or 0.1))
+    noise = np.std((train - smooth(train))[len(train) // 20 :]) if len(train) else 0.0
+    room = max(0.06 * np.ptp(late), 2.5 * noise) or 0.1
+    axes.set_ylim(late.min() - room, late.max() + room)
     margin = 0.015 * (last - first) or 1
     axes.set_xlim(first - margin, last + margin)
 
 
-def _style(axes: Axes, metrics: Columns, title: str) -> None:
-    tokens_per_step = metrics["tokens"][-1:].sum() / max(metrics["step"][-1:].sum(), 1)
-
-    def step_and_tokens(step: float, _: int) -> str:
-        return f"{step:,.0f}\n{_count(step * tokens_per_step)} tokens" if tokens_per_step else f"{step:,.0f}"
-
-    axes.set_title(title, loc="left", fontsize=14, fontweight="bold", color=INK, pad=30, parse_math=False)
-    axes.set_xlabel("step", color=INK)
-    axes.set_ylabel("loss (nats per token)", color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(step_and_tokens))
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0, pad=6)
-    axes.spines[:].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=3, frameon=False, labelcolor=INK)
+def _finite(metrics: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The steps at which a metric was measured and is finite, and its values there."""
+    measured = np.isfinite(metrics[name])
+    return metrics["step"][measured], metrics[name][measured]
 
 
 def _count(number: float) -> str:
@@ -185,50 +155,44 @@ def run_report(
     peak_memory: int | None = None,
     sample: str | None = None,
 ) -> str:
-    """A finished run in Markdown that also reads well in a terminal.
+    """A summary of a finished run in Markdown that is also readable in a terminal.
 
     `characters_per_token`, of the validation text, makes losses of different tokenizers comparable. `mfu` is a
-    fraction, `peak_memory` in bytes. The final training loss is the smoothed one.
+    fraction and `peak_memory` is in bytes. The final training loss is the smoothed one.
     """
-    rows = _speed_rows(metrics, mfu, peak_memory) + _loss_rows(metrics, characters_per_token)
-    width = max(len(name) for name, _ in rows)
-    value_width = max(len(value) for _, value in rows)
-    table = [f"| {name:{width}} | {value:{value_width}} |" for name, value in rows]
-    rule = f"|{'-' * (width + 2)}|{'-' * (value_width + 2)}|"
-    parts = [f"# {title}", "\n".join([f"| {'':{width}} | {'':{value_width}} |", rule, *table]), _verdict(metrics)]
+    last = {name: values[-1] if len(values) else 0.0 for name, values in metrics.items()}
+    rates = metrics["tokens_per_second"][np.isfinite(metrics["tokens_per_second"])]
+    rows = {
+        "steps": f"{last['step']:,.0f}",
+        "tokens": _count(last["tokens"]),
+        "time": str(timedelta(seconds=round(last["seconds"]))),
+        "tokens/s (median)": f"{np.median(rates):,.0f}" if len(rates) else "-",
+        "model FLOPs utilization": f"{mfu:.1%}" if mfu is not None else "",
+        "peak memory": f"{peak_memory / 2**30:.2f} GiB" if peak_memory is not None else "",
+        **_loss_rows(metrics, characters_per_token),
+    }
+    cells = [("", ""), *[row for row in rows.items() if row[1]]]
+    width, value_width = (max(map(len, column)) for column in zip(*cells, strict=True))
+    table = [f"| {name:{width}} | {value:{value_width}} |" for name, value in cells]
+    table.insert(1, f"|{'-' * (width + 2)}|{'-' * (value_width + 2)}|")
+    parts = [f"# {title}", "\n".join(table), _verdict(metrics)]
     if sample is not None:
         fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", sample))])
         parts += ["## Sample", f"{fence}text\n{sample.rstrip()}\n{fence}"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _last(values: np.ndarray) -> float:
-    return float(values[-1]) if len(values) else 0.0
-
-
-def _speed_rows(metrics: Columns, mfu: float | None, peak_memory: int | None) -> list[tuple[str, str]]:
-    seconds, rates = _last(metrics["seconds"]), metrics["tokens_per_second"]
-    rates = rates[np.isfinite(rates)]
-    rows = [("steps", f"{_last(metrics['step']):,.0f}"), ("tokens", _count(_last(metrics["tokens"])))]
-    rows += [("time", _duration(seconds)), ("tokens/s (median)", f"{np.median(rates):,.0f}" if len(rates) else "-")]
-    if mfu is not None:
-        rows.append(("model FLOPs utilization", f"{mfu:.1%}"))
-    if peak_memory is not None:
-        rows.append(("peak memory", f"{peak_memory / 2**30:.2f} GiB"))
-    return rows
-
-
-def _loss_rows(metrics: Columns, characters_per_token: float | None) -> list[tuple[str, str]]:
+def _loss_rows(metrics: Columns, characters_per_token: float | None) -> dict[str, str]:
     (_, train), (steps, val) = _finite(metrics, "train_loss"), _finite(metrics, "val_loss")
-    rows = [("final training loss", f"{smooth(train)[-1]:.4f}")] if len(train) else []
+    rows = {"final training loss": f"{smooth(train)[-1]:.4f}"} if len(train) else {}
     if len(val) == 0:
         return rows
     best = int(np.argmin(val))
-    rows.append(("best validation loss", f"{val[best]:.4f} at step {int(steps[best]):,}"))
-    rows.append(("perplexity there", f"{math.exp(min(val[best], 700)):.2f}"))
+    rows["best validation loss"] = f"{val[best]:.4f} at step {int(steps[best]):,}"
+    rows["perplexity there"] = f"{math.exp(min(val[best], 700)):.2f}"
     if characters_per_token is not None:
         nats = val[best] / characters_per_token
-        rows.append(("bits per character there", f"{nats / math.log(2):.4f} ({nats:.4f} nats)"))
+        rows["bits per character there"] = f"{nats / math.log(2):.4f} ({nats:.4f} nats)"
     return rows
 
 
@@ -246,19 +210,10 @@ def _verdict(metrics: Columns) -> str:
     return ""
 
 
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, hours = round(seconds) // 60, round(seconds) // 3600
-    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {round(seconds) % 60} s"
-
-
 def peak_memory_bytes(devices: Sequence[jax.Device]) -> int:
-    """The most memory this process's run has held, in bytes: on accelerators all of these devices together.
+    """The most memory that these devices together have held, in bytes.
 
-    CPU devices keep no such count; there it is the process's largest resident set.
+    CPU devices do not count it; for them it is the process's largest resident set.
     """
     stats = [device.memory_stats() or {} for device in devices]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]

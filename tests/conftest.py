@@ -1,6 +1,7 @@
-"""What the whole suite runs under: 8 virtual CPU devices, no silent rank promotion, annotations that are checked.
+"""The suite runs with 8 virtual CPU devices, with rank promotion an error, and with annotations that are checked.
 
-Warnings are errors too (pyproject.toml). On CPU never have two multi-device programs in flight: block on each result.
+Warnings are errors too (pyproject.toml). Block on each result on CPU: two programs in flight on several of its devices
+could wait for each other forever.
 """
 
 import os
@@ -11,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Before jax reads them. Tests mostly compile, so they make do with slower programs. Processes that they start
-# compile as a user's do, and read what another one compiled, but not from the user's cache.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where there is a GPU: test_gpu.py says how it comes in
+# Before jax reads them. Tests mostly compile, so they use slower programs that compile faster. Processes that they
+# start compile as a user's do, and share a cache of programs that is not the user's.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # even on a machine with a GPU; test_gpu.py says how to test that
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first of pytest's processes; the others have it from that one
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # only in the first of pytest's processes; the others inherit it
     CACHE = tempfile.TemporaryDirectory(prefix="gptjax-xla-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -26,10 +27,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from gptjax.config import (  # above the hook: config.py checks its fields itself, and with better words
-    Config,
-    ModelConfig,
-)
+from gptjax.config import Config, ModelConfig  # before the hook, whose errors would replace config.py's own
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -40,20 +38,15 @@ from gptjax.model import GPT
 from gptjax.sharding import one_device, with_shardings
 from gptjax.training import init_state
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    # Where pytest runs in the background Ctrl-C is ignored, and so it would be in what it starts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # tensorboardX imports torch where there is one, and then whoever looks at all objects (test_report.py, through gc)
-    # meets an object of torch's that complains about being looked at.
-    config.addinivalue_line("filterwarnings", "ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning")
+# A pytest that runs in the background ignores Ctrl-C, and the processes that it starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def scramble() -> Callable[..., Any]:
-    """Parameters drawn far from their initialization, where zero biases and unit scales would hide a mistake.
+    """Random parameters, without the zero biases and unit scales of an initialization, which could hide a mistake.
 
-    Kernels keep the size of activations (std 1/sqrt of their inputs), all else varies by 0.3.
+    Kernels keep the size of activations (std 1/sqrt of their inputs); everything else varies by 0.3.
     """
 
     def draw(config: ModelConfig, seed: int = 0) -> Any:
@@ -74,7 +67,7 @@ def scramble() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def compilations() -> Callable[[], Any]:
-    """`with compilations() as names:` collects what XLA compiles inside, one entry per program."""
+    """`with compilations() as names:` collects the names of the programs that XLA compiles in the block."""
 
     @contextmanager
     def collect() -> Iterator[list[str]]:
@@ -95,7 +88,7 @@ def compilations() -> Callable[[], Any]:
 
 @pytest.fixture(scope="session")
 def assert_trees_close() -> Callable[..., None]:
-    """Compare two trees leaf by leaf and name the leaf that differs."""
+    """Compare two trees; an error names the leaf that differs."""
 
     def check(actual: Any, expected: Any, *, rtol: float = 0.0, atol: float = 0.0) -> None:
         actual_leaves = jax.tree_util.tree_leaves_with_path(actual)
@@ -111,7 +104,7 @@ def assert_trees_close() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def state_of() -> Callable[..., Any]:
-    """Every array of a run's latest checkpoint, on one device, and its step."""
+    """The step of a run's latest checkpoint, and its arrays, on one device."""
 
     def read(run_dir: Path) -> tuple[int | None, Any]:
         abstract = jax.eval_shape(lambda: init_state(Config.from_json(run_dir / "config.json")))
