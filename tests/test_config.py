@@ -40,7 +40,6 @@ def test_the_command_line_overrides_fields_of_every_type():
         ("--model.n_layers 3", ["--model.n_layers", "did you mean --model.n_layer?"]),
         ("--max_steps 3", ["--max_steps", "did you mean --train.max_steps?"]),
         ("--model.n_layer x", ["--model.n_layer", "'x'", "integer"]),
-        ("--model.n_layer 2.5", ["--model.n_layer", "'2.5'", "integer"]),
         ("--model.bias perhaps", ["--model.bias", "'perhaps'", "true or false"]),
         ("--data.order backwards", ["--data.order", "'backwards'", "random or epoch"]),
         ("--train.max_steps", ["--train.max_steps", "expected one argument"]),
@@ -49,7 +48,6 @@ def test_the_command_line_overrides_fields_of_every_type():
         ("--optimizer.min_learning_rate 1", ["optimizer.min_learning_rate=1.0", "optimizer.learning_rate=0.001"]),
         ("--optimizer.decay_fraction 0", ["optimizer.decay_fraction=0.0", "(0, 1]"]),
         ("--optimizer.muon_learning_rate 0", ["optimizer.muon_learning_rate=0.0", "not positive"]),
-        ("--optimizer.muon_weight_decay -1", ["optimizer.muon_weight_decay=-1.0", "negative"]),
         ("--optimizer.matrix_optimizer muon --model.lora_rank 4", ["matrix_optimizer='muon'", "LoRA", "adamw"]),
         ("--model.logit_cap -15", ["model.logit_cap=-15.0", "negative"]),
         ("--mesh.fsdp -1", ["mesh.", "second -1"]),
@@ -67,20 +65,16 @@ def test_mistakes_on_the_command_line_name_the_option(arguments, words):
         (lambda: ModelConfig(n_layer="4"), ["model.n_layer='4'", "integer"]),
         (lambda: ModelConfig(n_layer=True), ["model.n_layer=True", "integer"]),
         (lambda: ModelConfig(dtype="float16"), ["model.dtype='float16'", "bfloat16"]),
-        (lambda: DataConfig(val_fraction=1), ["data.val_fraction=1"]),
         (lambda: ModelConfig(attention_dropout=-0.1), ["model.attention_dropout=-0.1"]),
         (lambda: ModelConfig(dropout=0.1, attention="blockwise"), ["model.attention=", "--model.attention_dropout 0"]),
-        (lambda: TrainConfig(eval_interval=0), ["train.eval_interval=0"]),
+        (lambda: DataConfig(val_fraction=1), ["data.val_fraction=1"]),
         (lambda: MeshConfig(data=0), ["mesh.data=0"]),
         (lambda: Config(model=DataConfig()), ["model="]),
     ],
 )
 def test_mistakes_in_python_name_the_field(build, words):
     require_error(build, *words)
-
-
-def test_an_integer_serves_as_a_number():
-    assert ModelConfig(dropout=0).dropout == 0
+    assert ModelConfig(dropout=0).dropout == 0, "an integer serves as a number"
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,7 @@ FOREVER = "--train.max_steps 1000000 --train.eval_interval 1000000 --train.save_
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("work")
-    words = ["ROMEO:", "what", "light", "through", "yonder", "window", "breaks?", "\n", "\n\n"]
-    (path / "text.txt").write_text(" ".join(np.random.default_rng(0).choice(words, 4000)))
+    (path / "text.txt").write_text("ROMEO: what light through yonder window breaks?\n\n" * 500)
     (path / "small.py").write_text(CONFIG)
     return path
 
