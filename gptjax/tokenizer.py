@@ -65,7 +65,7 @@ class Tokenizer:
     def from_name_or_path(cls, name: str) -> "Tokenizer":
         """Load 'gpt2', a tokenizer.json, or a folder with one or with GPT-2's vocabulary and merges (either naming)."""
         if name == "gpt2":
-            return cls(_download_gpt2())
+            return cls._download("openai-community/gpt2")
         path = Path(name)
         if not path.is_dir():
             return cls.load(path)
@@ -77,6 +77,17 @@ class Tokenizer:
                 library.add_special_tokens([END_OF_TEXT])
                 return cls(library)
         raise UserError(f"{path} has no tokenizer.json, no vocab.json with merges.txt, no encoder.json with vocab.bpe")
+
+    @classmethod
+    def _download(cls, repository: str) -> "Tokenizer":
+        logging.disable(logging.WARNING)  # the hub's client logs every retry
+        try:
+            return cls(tokenizers.Tokenizer.from_pretrained(repository))
+        except Exception as error:  # the hub has a class for each cause
+            fix = "pass a folder with tokenizer.json, or with encoder.json and vocab.bpe: --data.tokenizer FOLDER"
+            raise UserError(f"cannot download GPT-2's tokenizer: {fix}") from error
+        finally:
+            logging.disable(logging.NOTSET)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -254,11 +265,9 @@ def _encode_characters(chunks: Iterable[str], table: np.ndarray) -> Iterator[Int
         index += len(known)
         if known is not text:
             character = text[len(known)]
-            raise UserError(
-                f"the tokenizer has no character {character!r} (U+{ord(character):04X}), at index {index} of the text "
-                f"(line {line}, column {index - line_start + 1}): remove it, or train with --data.tokenizer bpe, which "
-                "knows every character"
-            )
+            where = f"index {index} of the text (line {line}, column {index - line_start + 1})"
+            fix = "remove it, or train with --data.tokenizer bpe, which knows every character"
+            raise UserError(f"the tokenizer has no character {character!r} (U+{ord(character):04X}), at {where}: {fix}")
         yield ids
 
 
@@ -267,16 +276,3 @@ def _read(reader: Any, *paths: Path | str) -> Any:
         return reader(*map(str, paths))
     except Exception as error:  # the library raises no subclass of it
         raise UserError(f"{paths[0]} is not a tokenizer that `tokenizers` can read: {error}") from error
-
-
-def _download_gpt2() -> tokenizers.Tokenizer:
-    logging.disable(logging.WARNING)  # the hub's client logs every retry
-    try:
-        return tokenizers.Tokenizer.from_pretrained("openai-community/gpt2")
-    except Exception as error:  # the hub has a class for each cause
-        raise UserError(
-            "cannot download GPT-2's tokenizer: pass a folder with tokenizer.json, or with encoder.json and vocab.bpe: "
-            "--data.tokenizer FOLDER"
-        ) from error
-    finally:
-        logging.disable(logging.NOTSET)

@@ -1,11 +1,4 @@
-"""Prepare data by hand; training prepares a text by itself.
-
-    python -m gptjax.data SOURCE                        text to a folder of token files
-    python -m gptjax.data tokenize SOURCE... --out DIR  the same for a corpus larger than memory, in parallel
-    python -m gptjax.data convert-meta PATH             nanoGPT's meta.pkl to a tokenizer.json
-
-Each has --help.
-"""
+"""The command line for data: prepare a text, tokenize a corpus larger than memory, or convert nanoGPT's meta.pkl."""
 
 import dataclasses
 import pickle
@@ -23,19 +16,16 @@ from gptjax.errors import UserError, one_line_errors
 from gptjax.tokenizer import Tokenizer
 
 _HELP: dict[str, Any] = {field.name: field.metadata["help"] for field in dataclasses.fields(DataConfig)}
-_PREPARE = (
-    "Turn a text into a folder of token files for --data.source. Two more commands: `python -m gptjax.data tokenize` "
-    "does so for a corpus larger than memory, and `python -m gptjax.data convert-meta PATH/meta.pkl` makes nanoGPT's "
-    "character data sets usable."
-)
-_TOKENIZE = (
-    "Turn a corpus of any size into token files for --data.source, in parallel and in bounded memory. The end-of-text "
-    "token follows each document. If it stops, only complete shards remain; the same command makes the missing ones."
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation(Section):
+    """Turn a text into a folder of token files for --data.source.
+
+    Two more commands: `python -m gptjax.data tokenize` does so for a corpus larger than memory, and `python -m
+    gptjax.data convert-meta PATH/meta.pkl` makes nanoGPT's character data sets usable.
+    """
+
     source: str = argument("'shakespeare' (the complete plays), a UTF-8 text file, a folder of .txt and .md, or a URL")
     tokenizer: str = option(DataConfig.tokenizer, _HELP["tokenizer"])
     vocab_size: int = option(DataConfig.vocab_size, _HELP["vocab_size"])
@@ -56,18 +46,19 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command that the arguments give."""
     command = arguments[0] if arguments else ""
     if command == "tokenize":
-        tokenize_corpus(_parse(Parser("python -m gptjax.data tokenize", _TOKENIZE), TokenizeConfig(), arguments[1:]))
+        tokenize_corpus(_parse("python -m gptjax.data tokenize", TokenizeConfig(), arguments[1:]))
     elif command == "convert-meta":
         parser = Parser("python -m gptjax.data convert-meta", convert_meta.__doc__)
         parser.add_argument("path", metavar="PATH", help="nanoGPT's meta.pkl")
         print(f"wrote {convert_meta(Path(parser.parse_args(arguments[1:]).path))}")
     else:
-        options = vars(_parse(Parser("python -m gptjax.data", _PREPARE), Preparation(), arguments))
+        options = vars(_parse("python -m gptjax.data", Preparation(), arguments))
         form = options.pop("format")
         prepare(DataConfig(**options), form)
 
 
-def _parse(parser: Parser, defaults: Any, arguments: Sequence[str]) -> Any:
+def _parse(program: str, defaults: Any, arguments: Sequence[str]) -> Any:
+    parser = Parser(program, type(defaults).__doc__)
     parser.add_fields(defaults)
     [parsed] = parser.parse(arguments, defaults)
     return parsed

@@ -56,10 +56,8 @@ def windows(
     for ids_T, window in zip(ids_BT, tokens.windows(starts_B.tolist(), block_size + 1), strict=True):
         ids_T[: len(window)] = window
     if vocab_size is not None and ids_BT.size and (largest := int(ids_BT.max())) >= vocab_size:
-        raise UserError(
-            f"{tokens.paths[0]} and its like hold token {largest}, but the tokenizer's vocab_size={vocab_size}: name "
-            "the tokenizer that made them with --data.tokenizer"
-        )
+        fix = "name the tokenizer that made them with --data.tokenizer"
+        raise UserError(f"{tokens.paths[0]} and its like hold token {largest}, but vocab_size={vocab_size}: {fix}")
     return ids_BT
 
 

@@ -65,11 +65,8 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 def read_text(path: Path) -> Iterator[str]:
     """Yield the text of a UTF-8 file in chunks, as `decoded` does."""
-    try:
-        with open(path, "rb") as file:
-            yield from decoded(file, str(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with open(path, "rb") as file:
+        yield from decoded(file, str(path))
 
 
 def decoded(file: BufferedReader, path: str) -> Iterator[str]:
@@ -88,10 +85,8 @@ def decoded(file: BufferedReader, path: str) -> Iterator[str]:
     except UnicodeDecodeError as error:
         at = n_read - len(error.object) + error.start
         name = path.rsplit("/", 1)[-1]
-        raise UserError(
-            f"{path} is not UTF-8 at byte {at} ({error.reason}): convert it, for example with "
-            f"`iconv -f LATIN1 -t UTF-8 {name} > utf8-{name}`"
-        ) from error
+        fix = f"convert it, for example with `iconv -f LATIN1 -t UTF-8 {name} > utf8-{name}`"
+        raise UserError(f"{path} is not UTF-8 at byte {at} ({error.reason}): {fix}") from error
 
 
 def with_progress(chunks: Iterable[Chunk], total: int | None, what: str) -> Iterator[Chunk]:
@@ -151,12 +146,11 @@ def _plays() -> tuple[Path, ...]:
 
 def download(url: str, name: str, config: DataConfig) -> Path:
     """Fetch a URL into `config.dir`/downloads, unless it is already there, and check its checksum if one is given."""
-    folder = Path(config.dir, "downloads").resolve()
-    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    path = Path(config.dir, "downloads", f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}").resolve()
     if path.exists():
         _verify(path, config.sha256)
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:
             file.writelines(_received(url))

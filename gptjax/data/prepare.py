@@ -39,21 +39,17 @@ class Dataset:
         """Raise `UserError` unless there is a window to train on and a target to validate on."""
         for split, tokens, needed in (("train", self.train, block_size + 1), ("val", self.val, 2)):
             if len(tokens) < needed:
-                raise UserError(
-                    f"the {split} split of {self.folder} has {len(tokens)} tokens; block_size={block_size} needs "
-                    f"{needed}: use a longer text, a smaller --model.block_size or another --data.val_fraction"
-                )
+                fix = "use a longer text, a smaller --model.block_size or another --data.val_fraction"
+                split = f"the {split} split of {self.folder} has {len(tokens)} tokens"
+                raise UserError(f"{split}; block_size={block_size} needs {needed}: {fix}")
 
 
 def load_dataset(config: DataConfig) -> Dataset:
     """Open the token files in `config.source`, or else those of its text, which are prepared if they do not exist."""
-    remotely = remote.is_url(config.source)
-    folder = config.source.rstrip("/") if remotely else Path(config.source).expanduser()
+    folder = config.source.rstrip("/") if remote.is_url(config.source) else Path(config.source).expanduser()
     if not _has_token_files(folder):
-        if remotely:
-            raise UserError(
-                f"{folder} holds no token files: make them with `python -m gptjax.data tokenize` and copy them there"
-            )
+        if isinstance(folder, str):
+            raise UserError(f"{folder} holds no token files: make some with `python -m gptjax.data tokenize`")
         folder = prepare(config)
     train, val = token_files.open_split(folder, "train"), token_files.open_split(folder, "val")
     return Dataset(train, val, _tokenizer_of(folder, config.tokenizer), folder)

@@ -41,14 +41,19 @@ class Tokens:
     """Token files read as one sequence; they are memory-mapped, so they may be larger than memory."""
 
     def __init__(self, paths: Sequence[Path], flat_dtype: np.dtype = UINT16) -> None:
-        self._shards = [_map(path, flat_dtype) for path in paths]
-        self._index(paths, [len(shard) for shard in self._shards], [shard.dtype for shard in self._shards])
+        files = [np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8) for path in paths]
+        self._index(paths, [len(data) for data in files], [bytes(data[:_HEADER_BYTES]) for data in files], flat_dtype)
+        self._shards = [
+            data[offset:].view(np.ndarray).view(self.dtype) for data, offset in zip(files, self._offsets, strict=True)
+        ]
 
-    def _index(self, paths: Sequence[Path | str], lengths: Sequence[int], dtypes: Sequence[np.dtype]) -> None:
-        if len(set(dtypes)) > 1:
+    def _index(self, paths: Sequence[Path | str], sizes: Iterable[int], heads: list[bytes], flat: np.dtype) -> None:
+        """Find the tokens of each file, given its size in bytes and its first KiB."""
+        layouts = [_layout(*file, flat) for file in zip(paths, sizes, heads, strict=True)]
+        if len({dtype for dtype, _, _ in layouts}) > 1:
             raise UserError(f"{paths[0]} and its like are partly uint16, partly uint32: keep them in two folders")
-        self.paths, self.dtype = tuple(paths), dtypes[0]
-        self._bounds = [0, *itertools.accumulate(lengths)]  # shard i holds tokens bounds[i] to bounds[i + 1]
+        self.paths, self.dtype, self._offsets = tuple(paths), layouts[0][0], [offset for _, offset, _ in layouts]
+        self._bounds = [0, *itertools.accumulate(n for _, _, n in layouts)]  # of shard i: bounds[i] and bounds[i + 1]
 
     def __len__(self) -> int:
         return self._bounds[-1]
@@ -96,12 +101,8 @@ class RemoteTokens(Tokens):
 
     def __init__(self, sizes: dict[str, int], flat_dtype: np.dtype = UINT16) -> None:
         """Open the files of these URLs, given their sizes in bytes."""
-        urls = tuple(sizes)
-        heads = remote.read_ranges(urls, [0] * len(sizes), [min(n, _HEADER_BYTES) for n in sizes.values()])
-        layouts = [_layout(url, head, sizes[url], flat_dtype) for url, head in zip(urls, heads, strict=True)]
-        self._offsets = [offset for _, offset in layouts]
-        lengths = [(sizes[url] - offset) // dtype.itemsize for url, (dtype, offset) in zip(urls, layouts, strict=True)]
-        self._index(urls, lengths, [dtype for dtype, _ in layouts])
+        urls, ends = tuple(sizes), [min(size, _HEADER_BYTES) for size in sizes.values()]
+        self._index(urls, sizes.values(), remote.read_ranges(urls, [0] * len(urls), ends), flat_dtype)
 
     def _read(self, spans: Sequence[Span]) -> Sequence[np.ndarray]:
         width, offsets = self.dtype.itemsize, self._offsets
@@ -138,10 +139,8 @@ def open_split(folder: Path | str, split: str) -> Tokens:
     flat_dtype = UINT16 if dtype == "uint16" else UINT32
     names = shards(folder, split)
     if len(names) < n_parts:
-        raise UserError(
-            f"{folder} holds {len(names)} of {n_parts} {split} shards: run the `python -m gptjax.data tokenize` that "
-            "began it again, which makes the rest"
-        )
+        found = f"{folder} holds {len(names)} of {n_parts} {split} shards"
+        raise UserError(f"{found}: run the `python -m gptjax.data tokenize` that began it again, for the rest")
     if isinstance(folder, Path):
         return Tokens([folder / name for name in names], flat_dtype)
     sizes = remote.list_files(folder)
@@ -207,27 +206,15 @@ def _by_shard(arrays: Iterable[np.ndarray], size: int) -> Iterator[tuple[int, np
             n += len(part)
 
 
-def _map(path: Path, flat_dtype: np.dtype) -> np.ndarray:
-    try:
-        data = np.memmap(path, np.uint8, "r").view(np.ndarray) if path.stat().st_size else np.zeros(0, np.uint8)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    dtype, offset = _layout(path, data[:_HEADER_BYTES].tobytes(), len(data), flat_dtype)
-    return data[offset:].view(dtype)
-
-
-def _layout(path: Path | str, head: bytes, n_bytes: int, flat_dtype: np.dtype) -> tuple[np.dtype, int]:
-    """Return the type of a file's tokens and the byte where they begin, given its first KiB and its size."""
+def _layout(path: Path | str, n_bytes: int, head: bytes, flat_dtype: np.dtype) -> tuple[np.dtype, int, int]:
+    """Return the type of a file's tokens, the byte where they begin and their number."""
     dtype = _DTYPE.get(head[:8])
     if dtype is None:
         if n_bytes % flat_dtype.itemsize:
             raise UserError(f"{path} has {n_bytes} bytes, no multiple of a {flat_dtype}: it is cut; copy it again")
-        return flat_dtype, 0
-    n_bytes -= _HEADER_BYTES
-    promised = int.from_bytes(head[8:12], "little", signed=True)
-    if n_bytes < 0 or n_bytes != promised * dtype.itemsize:
-        raise UserError(
-            f"{path} has {max(n_bytes, 0)} bytes after its header, which promises {promised} tokens of {dtype}: "
-            "it is cut; copy it again"
-        )
-    return dtype, _HEADER_BYTES
+        return flat_dtype, 0, n_bytes // flat_dtype.itemsize
+    n_tokens, n_bytes = int.from_bytes(head[8:12], "little", signed=True), max(n_bytes - _HEADER_BYTES, 0)
+    if n_bytes != n_tokens * dtype.itemsize or len(head) < _HEADER_BYTES:
+        found = f"{path} has {n_bytes} bytes after its header, which promises {n_tokens} tokens of {dtype}"
+        raise UserError(f"{found}: it is cut; copy it again")
+    return dtype, _HEADER_BYTES, n_tokens

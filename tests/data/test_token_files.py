@@ -120,7 +120,7 @@ def test_damaged_files_are_named(tmp_path, bucket, data):
 
 
 def test_files_that_are_missing_or_mixed_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read .*train\.bin"):
+    with pytest.raises(FileNotFoundError, match=r"train\.bin"):
         Tokens([tmp_path / "train.bin"])
     write_tokens(tmp_path / "a.bin", [np.arange(3)], UINT16, header=True)
     write_tokens(tmp_path / "b.bin", [np.arange(3)], UINT32, header=True)
@@ -217,7 +217,7 @@ def test_a_data_set_opens_from_a_url_as_from_a_folder(tmp_path, bucket, url):
 
 
 def test_a_url_without_token_files_or_with_some_says_what_to_do(tmp_path, bucket):
-    with pytest.raises(UserError, match="memory://nothing holds no token files: make them with"):
+    with pytest.raises(UserError, match="memory://nothing holds no token files: make some with"):
         load_dataset(DataConfig(source="memory://nothing"))
     source = copy_to(bucket, prepared(tmp_path))
     bucket.rm(f"{source}/train_000001.bin")

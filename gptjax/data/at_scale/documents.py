@@ -44,18 +44,18 @@ def find_files(sources: Sequence[str]) -> dict[str, int]:
     A source is a file, a folder (all files of a known format in it) or a pattern with * ? [ ], local or a URL that
     fsspec serves. Raises `UserError` if a source has no files, or a file is empty or of another format.
     """
-    files: dict[str, int] = {}
+    found: dict[str, int] = {}
     for source in sources:
-        found = _find(source)
-        if not found:
+        sizes = _find(source)
+        if not sizes:
             raise UserError(f"{source} does not exist, or holds no {_FORMATS}")
-        for name, size in found.items():
+        for name, size in sizes.items():
             if not _format(name):
                 raise UserError(f"{name} is not {_FORMATS}")
             if not size:
                 raise UserError(f"{name} is empty: fetch it again, or remove it")
-        files |= found
-    return files
+        found |= sizes
+    return found
 
 
 def parts_of(files: dict[str, int], part_bytes: int) -> list[Part]:
@@ -81,7 +81,7 @@ def documents(piece: Piece, column: str) -> Iterator[Document]:
     """
     read = {"parquet": _parquet, "txt": _text}.get(_format(piece.file).split(".")[0], _json_lines)
     try:
-        yield from read(piece, column)
+        yield from filter(any, read(piece, column))
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -145,9 +145,7 @@ class _TextFile:
 
 
 def _text(piece: Piece, column: str) -> Iterator[Document]:
-    text = _TextFile(piece.file)
-    if next(iter(text), ""):
-        yield text
+    yield _TextFile(piece.file)
 
 
 def _json_lines(piece: Piece, column: str) -> Iterator[Document]:
@@ -162,8 +160,7 @@ def _json_lines(piece: Piece, column: str) -> Iterator[Document]:
             except ValueError as error:
                 number = _line_number(piece.file, position)
                 raise UserError(f"{piece.file}, line {number}, is not a JSON document: {error}") from error
-            if text:
-                yield (text,)
+            yield (text,)
             position += len(line)
 
 
@@ -193,18 +190,24 @@ def _line_number(file: str, position: int) -> int:
 
 
 def _parquet(piece: Piece, column: str) -> Iterator[Document]:
-    pyarrow = _pyarrow(piece.file)
-    with _open(piece.file) as stream:
+    file, pyarrow = piece.file, _pyarrow(piece.file)
+    with _open(file) as stream:
         try:
             table = pyarrow.parquet.ParquetFile(stream, buffer_size=8 * _BLOCK, pre_buffer=False)
         except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{piece.file} is not a complete Parquet file ({error}): fetch it again") from error
-        _require_text(pyarrow, table.schema_arrow, piece.file, column)
+            raise UserError(f"{file} is not a complete Parquet file ({error}): fetch it again") from error
+        schema = table.schema_arrow
+        if column not in schema.names:
+            raise UserError(f"{file} has no column {column!r}, but {', '.join(map(repr, schema.names))}: pass --column")
+        kind = schema.field(column).type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise UserError(f"column {column!r} of {file} is not text but {kind}: pass --column")
         row = 0
         for i in range(table.num_row_groups):
             group = table.metadata.row_group(i)
             if piece.start <= group.column(0).data_page_offset < piece.stop:
-                yield from _rows(table, i, row, piece.file, column)
+                yield from _rows(table, i, row, file, column)
             row += group.num_rows
 
 
@@ -215,14 +218,5 @@ def _rows(table: Any, group: int, row: int, file: str, column: str) -> Iterator[
             texts = batch.column(0).to_pylist()
         except UnicodeDecodeError as error:
             raise UserError(f"{file}, rows {row} to {row + batch.num_rows - 1}: not UTF-8: {error}") from error
-        yield from ((text,) for text in texts if text)
+        yield from zip(texts)
         row += batch.num_rows
-
-
-def _require_text(pyarrow: Any, schema: Any, file: str, column: str) -> None:
-    if column not in schema.names:
-        raise UserError(f"{file} has no column {column!r}, but {', '.join(map(repr, schema.names))}: pass --column")
-    kind = schema.field(column).type
-    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"column {column!r} of {file} is not text but {kind}: pass --column")

@@ -42,6 +42,12 @@ _WAITS = (5, 30)  # seconds before a part is tried again after a read from a buc
 
 @dataclass(frozen=True)
 class TokenizeConfig(Section):
+    """Turn a corpus of any size into token files for --data.source, in parallel and in bounded memory.
+
+    The end-of-text token follows each document. After a stop only complete shards remain; the same command makes the
+    missing ones.
+    """
+
     sources: tuple[str, ...] = argument(
         "files, folders or patterns, local or hf://datasets/..., gs://, s3://: .parquet, .jsonl or .json (a document "
         "per line), .txt (a document per file); all but Parquet also as .gz or .zst",
@@ -78,6 +84,9 @@ class Count(NamedTuple):
         return f"{self.documents:,} documents, {self.train_tokens + self.val_tokens:,} tokens"
 
 
+Progressed = tuple[int, Count | None]  # a part's number, and how far it is; None at its end
+
+
 def tokenize_corpus(config: TokenizeConfig) -> None:
     """Make every shard of this job of the array that `config.out` lacks, and print the speed.
 
@@ -85,13 +94,12 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
     """
     files = find_files(config.sources)
     parts = parts_of(files, config.part_mb << 20)
-    folder = Path(config.out)
-    begin_folder(folder, config, files, len(parts))
+    begin_folder(config, files, len(parts))
     job, n_jobs = map(int, config.shard.split("/"))
-    missing = {i: parts[i] for i in range(job - 1, len(parts), n_jobs) if not _is_complete(folder, i)}
+    missing = {i: parts[i] for i in range(job - 1, len(parts), n_jobs) if not _is_complete(config.out, i)}
     n_workers = min(config.workers or n_cores(), len(missing))
     start = time.perf_counter()
-    with contextlib.closing(_run(missing, folder, config, n_workers)) as messages:
+    with contextlib.closing(_run(missing, config, n_workers)) as messages:
         total = _show(messages, missing)
     seconds = time.perf_counter() - start
     if missing:
@@ -100,18 +108,16 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
             f"tokenized {len(missing)} parts in {seconds:,.1f} s: {total} ({total.val_tokens:,} for validation), "
             f"{rate:,.0f} tokens/s with {n_workers} workers, {rate / n_workers:,.0f} each"
         )
-    n_made = sum(_is_complete(folder, number) for number in range(len(parts)))
-    print(f"{folder} has {n_made} of {len(parts)} parts" + ("" if missing else ": nothing left for this job to do"))
+    n_made = sum(_is_complete(config.out, number) for number in range(len(parts)))
+    print(f"{config.out} has {n_made} of {len(parts)} parts" + ("" if missing else ": nothing left for this job to do"))
 
 
-def tokenize_part(
-    folder: Path, number: int, part: Part, tokenizer: Tokenizer, config: TokenizeConfig
-) -> Iterator[Count]:
+def tokenize_part(number: int, part: Part, tokenizer: Tokenizer, config: TokenizeConfig) -> Iterator[Count]:
     """Write a part's two shards, and yield the count so far after each batch."""
     dtype, end = dtype_for(tokenizer.vocab_size), tokenizer.token_id(config.end_of_text)
     assert end is not None  # checked by `begin_folder`
-    train, val = _shards_of(folder, number)
-    for unfinished in [*folder.glob(f"{train.name}.*.part"), *folder.glob(f"{val.name}.*.part")]:
+    train, val = _shards_of(config.out, number)
+    for unfinished in [*train.parent.glob(f"{train.name}.*.part"), *val.parent.glob(f"{val.name}.*.part")]:
         unfinished.unlink(missing_ok=True)  # by a worker that was killed
     n_documents, n_tokens = 0, [0, 0]
     with token_writer(train, dtype) as write_train, token_writer(val, dtype) as write_val:
@@ -134,14 +140,15 @@ def validates(document: Document, fraction: float) -> bool:
 
 
 def _batches(part: Part, config: TokenizeConfig) -> Iterator[list[tuple[str, bool, bool]]]:
-    """Yield lists of texts to encode together: documents or stretches of long ones.
+    """Yield lists of texts to encode together: documents, or stretches of long ones, cut where that changes no token.
 
     With each text comes whether it is for validation and whether a document ends with it.
     """
     batch, n = list[tuple[str, bool, bool]](), 0
     for document in (document for piece in part for document in documents(piece, config.column)):
         to_val = validates(document, config.val_fraction)
-        for text in _stretches(document):
+        chunks = (text[i : i + _LONG] for text in document for i in range(0, len(text), _LONG))
+        for text in safe_chunks(chunks, longest_whole=_LONG):
             if n >= _BATCH or len(batch) == _BATCH_TEXTS:
                 yield batch
                 batch, n = [], 0
@@ -152,20 +159,12 @@ def _batches(part: Part, config: TokenizeConfig) -> Iterator[list[tuple[str, boo
         yield batch
 
 
-def _stretches(document: Document) -> Iterator[str]:
-    """Yield a document whole, or a long one in stretches, cut where that changes no token."""
-    chunks = (text[i : i + _LONG] for text in document for i in range(0, len(text), _LONG))
-    return safe_chunks(chunks, longest_whole=_LONG)
-
-
-def begin_folder(folder: Path, config: TokenizeConfig, files: dict[str, int], n_parts: int) -> None:
-    """Write data.json and tokenizer.json into the folder, or check that those in it are the same."""
-    tokenizer = Tokenizer.from_name_or_path(config.tokenizer)
+def begin_folder(config: TokenizeConfig, files: dict[str, int], n_parts: int) -> None:
+    """Write data.json and tokenizer.json into `config.out`, or check that those in it are the same."""
+    folder, tokenizer = Path(config.out), Tokenizer.from_name_or_path(config.tokenizer)
     if tokenizer.token_id(config.end_of_text) is None:
-        raise UserError(
-            f"tokenizer {config.tokenizer!r} has no token {config.end_of_text!r}: pass the token that ends its texts "
-            "as --end_of_text"
-        )
+        missing = f"tokenizer {config.tokenizer!r} has no token {config.end_of_text!r}"
+        raise UserError(f"{missing}: pass the token that ends its texts as --end_of_text")
     spec = tokenizer.to_json()
     manifest: dict[str, Any] = {
         "format": "llmc",
@@ -197,26 +196,24 @@ def begin_folder(folder: Path, config: TokenizeConfig, files: dict[str, int], n_
         raise UserError(f"{other}: repeat the command that began it, or pass another --out")
 
 
-def _shards_of(folder: Path, number: int) -> tuple[Path, Path]:
-    return folder / f"train_{number:06d}.bin", folder / f"val_{number:06d}.bin"
+def _shards_of(folder: str, number: int) -> tuple[Path, Path]:
+    return Path(folder, f"train_{number:06d}.bin"), Path(folder, f"val_{number:06d}.bin")
 
 
-def _is_complete(folder: Path, number: int) -> bool:
+def _is_complete(folder: str, number: int) -> bool:
     try:
         return len(Tokens(_shards_of(folder, number)).paths) == 2
-    except UserError:  # missing, or cut when the machine went down
+    except (OSError, UserError):  # missing, or cut when the machine went down
         return False
 
 
-def _run(
-    parts: dict[int, Part], folder: Path, config: TokenizeConfig, n_workers: int
-) -> Generator[tuple[int, Count | None], None, None]:
+def _run(parts: dict[int, Part], config: TokenizeConfig, n_workers: int) -> Generator[Progressed, None, None]:
     """Tokenize each part in a process; yield the number of a part with each count of it, and with `None` at its end."""
     waiting, workers = iter(parts.items()), dict[Any, tuple[int, SpawnProcess]]()
     try:
         while True:
             for number, part in itertools.islice(waiting, n_workers - len(workers)):
-                connection, process = _start(number, part, folder, config)
+                connection, process = _start(number, part, config)
                 workers[connection] = number, process
             if not workers:
                 return
@@ -240,21 +237,19 @@ def _receive(connection: Any, process: SpawnProcess, file: str) -> Count | None:
     except (EOFError, OSError) as error:
         process.join()
         if process.exitcode:
-            raise UserError(
-                f"the worker on {file} ended with exit code {process.exitcode} (-9: most often out of memory): repeat "
-                "the command to continue, with fewer --workers"
-            ) from error
+            death = f"ended with exit code {process.exitcode} (-9: most often out of memory)"
+            raise UserError(f"the worker on {file} {death}: repeat the command with fewer --workers") from error
         return None
     if isinstance(message, UserError):
         raise message
     return message
 
 
-def _start(number: int, part: Part, folder: Path, config: TokenizeConfig) -> tuple[Connection, SpawnProcess]:
+def _start(number: int, part: Part, config: TokenizeConfig) -> tuple[Connection, SpawnProcess]:
     """Start a worker on a part, and return the connection on which it sends counts, or an error."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, number, part, folder, config))
+    process = context.Process(target=_work, args=(sender, number, part, config))
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: only the parent reports Ctrl-C
     process.start()
     signal.signal(signal.SIGINT, interrupt)
@@ -262,28 +257,28 @@ def _start(number: int, part: Part, folder: Path, config: TokenizeConfig) -> tup
     return receiver, process
 
 
-def _work(connection: Connection, number: int, part: Part, folder: Path, config: TokenizeConfig) -> None:
+def _work(connection: Connection, number: int, part: Part, config: TokenizeConfig) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unlike the default, removes the unfinished files
     try:
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        for count in with_retries(folder, number, part, tokenizer, config):
+        tokenizer = Tokenizer.load(Path(config.out, "tokenizer.json"))
+        for count in with_retries(number, part, tokenizer, config):
             connection.send(count)
     except (BrokenPipeError, ConnectionResetError):
         return  # the parent process is gone
     except UserError as error:
         connection.send(error)
     except OSError as error:
-        connection.send(UserError(f"cannot write in {folder}: {error.strerror}; repeat the command to continue"))
+        connection.send(UserError(f"cannot write in {config.out}: {error.strerror}; repeat the command to continue"))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or a SystemExit while Python ends would print a traceback
 
 
-def with_retries(folder: Path, number: int, part: Part, *arguments: Any) -> Iterator[Count]:
-    """Yield as `tokenize_part` does with these arguments, which begins again after a failed read from a bucket."""
+def with_retries(number: int, part: Part, tokenizer: Tokenizer, config: TokenizeConfig) -> Iterator[Count]:
+    """Yield as `tokenize_part` does, and begin it again after a failed read from a bucket."""
     for wait_seconds in (*_WAITS, None):
         try:
-            yield from tokenize_part(folder, number, part, *arguments)
+            yield from tokenize_part(number, part, tokenizer, config)
             return
         except Unreadable:
             if wait_seconds is None or not any("://" in piece.file for piece in part):
@@ -291,7 +286,7 @@ def with_retries(folder: Path, number: int, part: Part, *arguments: Any) -> Iter
             time.sleep(wait_seconds)
 
 
-def _show(messages: Iterable[tuple[int, Count | None]], parts: dict[int, Part]) -> Count:
+def _show(messages: Iterable[Progressed], parts: dict[int, Part]) -> Count:
     """Show the counts as they come, in a bar on a terminal or else in a line per part, and return their total."""
     counts, total = dict.fromkeys(parts, Count()), Count()
     sizes = {number: sum(piece.stop - piece.start for piece in part) for number, part in parts.items()}

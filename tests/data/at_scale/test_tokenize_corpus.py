@@ -106,9 +106,9 @@ def tokenize_here(sources, out: Path, spec: Path, part_bytes: int = 1 << 30, **f
     config = TokenizeConfig(tuple(map(str, sources)), str(out), str(spec), **fields)
     files = find_files(config.sources)
     parts = parts_of(files, part_bytes)
-    begin_folder(out, config, files, len(parts))
+    begin_folder(config, files, len(parts))
     tokenizer = Tokenizer.load(spec)
-    return sum(len(list(tokenize_part(out, i, part, tokenizer, config))) for i, part in enumerate(parts))
+    return sum(len(list(tokenize_part(i, part, tokenizer, config))) for i, part in enumerate(parts))
 
 
 def ids_of(folder: Path, split: str = "train") -> np.ndarray:
@@ -345,15 +345,15 @@ def test_a_bucket_that_does_not_answer_is_asked_again(spec, tmp_path, monkeypatc
     opened = documents_._open
     monkeypatch.setattr(documents_, "_open", flaky)
     monkeypatch.setattr(tokenize_corpus, "_WAITS", (0, 0))
-    last = list(with_retries(tmp_path, 0, part, Tokenizer.load(spec), config))[-1]
+    last = list(with_retries(0, part, Tokenizer.load(spec), config))[-1]
     assert last.documents == len(TEXTS) - 1 and len(shards(tmp_path)) == 2
     failures += [OSError("reset by peer")] * 3
     with pytest.raises(UserError, match=r"memory:///flaky/a.jsonl: OSError: reset by peer"):
-        list(with_retries(tmp_path, 0, part, Tokenizer.load(spec), config))
+        list(with_retries(0, part, Tokenizer.load(spec), config))
     failures[:] = [OSError("reset by peer"), None]
     local = parts_of({"/nowhere.jsonl": 9}, 99)[0]
     with pytest.raises(UserError, match="nowhere"):
-        list(with_retries(tmp_path, 0, local, Tokenizer.load(spec), config))
+        list(with_retries(0, local, Tokenizer.load(spec), config))
     assert failures == [None]  # a disk is not asked again
 
 
@@ -367,7 +367,7 @@ def test_a_folder_takes_one_corpus_one_tokenizer_and_one_way_to_cut(spec, tmp_pa
     Tokenizer.train_bpe(["other"], 300).save(Path("other.json"))
     given = {"--out": "out", "--tokenizer": str(spec), "--val_fraction": "0.05"}
     config = TokenizeConfig(("a.jsonl",), "out", str(spec), val_fraction=0.05)
-    begin_folder(Path("out"), config, find_files(config.sources), 1)
+    begin_folder(config, find_files(config.sources), 1)
     for option, value, complaint in (
         ("--val_fraction", "0.1", r"val_fraction \(0.05, not 0.1\)"),
         ("--part_mb", "2", r"part_mb \(256, not 2\)"),
