@@ -10,34 +10,22 @@ import pytest
 from gptjax.flops import PEAKS, device_peak, measured_matmul_peak, train_flops_per_token
 
 
-def test_peak_of_a_known_device():
+def test_peaks_have_the_names_of_devices():
     known = {
-        "TPU v2": (23, 8),
-        "TPU v4": (275, 32),
         "TPU v5 lite": (197, 16),
         "TPU v5": (459, 95),
-        "TPU v6 lite": (918, 32),
         "TPU7x": (1153.5, 96),
         "Tesla T4": (65, 16),
-        "NVIDIA A100-SXM4-40GB": (312, 40),
         "NVIDIA A100 80GB PCIe": (312, 80),
-        "NVIDIA A10": (125, 24),
         "NVIDIA A10G": (70, 24),
         "NVIDIA H100 80GB HBM3": (989.5, 80),
-        "NVIDIA H100 PCIe": (756.5, 80),
         "NVIDIA B200": (2250, 180),
         "NVIDIA GeForce RTX 4090": (165.2, 24),
     }
     found = [device_peak(kind) for kind in known]
     assert [(peak.flops, peak.memory) for peak in found] == [(n * 1e12, size * 2**30) for n, size in known.values()]
-
-
-@pytest.mark.parametrize(
-    "device_kind",
-    ["cpu", "", "TPU v4 lite", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H200 MIG 1g.18gb"],
-)
-def test_a_similar_name_has_no_peak(device_kind):
-    assert device_peak(device_kind) is None
+    similar = ("cpu", "", "TPU v4 lite", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H200 MIG 1g.18gb")
+    assert not any(map(device_peak, similar))
 
 
 def test_peaks_have_the_units_they_claim():

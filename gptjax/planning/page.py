@@ -26,7 +26,7 @@ def to_text(plan: Plan, name: str, price: float | None) -> str:
     lines = [
         f"{name} on {topology.name}: {plan.mesh.size} x {topology.hardware.kind} "
         f"({' x '.join(f'{axis} {size}' for axis, size in mesh.items())})",
-        f"  {plan.n_params:,} parameters, {model.dtype}, {model.attention} attention, {model.layers} layers, "
+        f"  {plan.parameters:,} parameters, {model.dtype}, {model.attention} attention, {model.layers} layers, "
         f"remat {model.remat}",
         f"  {plan.tokens:,} tokens a step: {train.accumulate} x {micro_batch} windows of {model.block_size:,}, "
         f"{micro_batch // (mesh['data'] * mesh['fsdp'])} at a time on a chip",
@@ -46,8 +46,12 @@ def to_text(plan: Plan, name: str, price: float | None) -> str:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    parts = plan.parts if len(plan.parts) > 2 else plan.parts | {"other": plan.needed - sum(plan.parts.values())}
-    verdict = f"{'FITS' if plan.fits else 'DOES NOT FIT'}: needs {plan.needed / GIB:.2f} GiB"
+    parts = (
+        plan.hbm_parts
+        if len(plan.hbm_parts) > 2
+        else plan.hbm_parts | {"other": plan.hbm_bytes - sum(plan.hbm_parts.values())}
+    )
+    verdict = f"{'FITS' if plan.fits else 'DOES NOT FIT'}: needs {plan.hbm_bytes / GIB:.2f} GiB"
     return [
         f"{verdict} of the {plan.topology.capacity / GIB:.2f} that a program can have on a chip",
         *(f"  {name:<20}{size / GIB:>8.2f} GiB  {NOTES[name]}" for name, size in parts.items()),
@@ -59,7 +63,7 @@ def _time_lines(plan: Plan) -> list[str]:
     teraflops, again = plan.step_flops / plan.mesh.size / 1e12, plan.step_flops / plan.model_flops
     rows: list[tuple[str, float, str, float | None, float]] = [
         (f"matmuls ({again:.2f} x the model's own FLOPs)", teraflops, "TFLOP", peak.flops / 1e12, seconds["flops"]),
-        ("HBM traffic (estimate)", plan.traffic / 1e9, "GB", peak.bandwidth / 1e9, seconds["hbm"]),
+        ("HBM traffic (estimate)", plan.hbm_traffic_bytes / 1e9, "GB", peak.bandwidth / 1e9, seconds["hbm"]),
         ("links, one collective after the other", total / 1e9, "GB", None, seconds["links"]),
     ]
     for each in plan.collectives:
@@ -105,7 +109,7 @@ def to_json(plan: Plan, price: float | None) -> dict[str, Any]:
     """The figures of the screen in bytes, seconds and FLOPs; those that a plan which does not fit lacks are null."""
     model, train, least, most = plan.config.model, plan.config.train, plan.roofline_seconds, plan.serial_seconds
     timed = {
-        "hbm_traffic_bytes": plan.traffic,
+        "hbm_traffic_bytes": plan.hbm_traffic_bytes,
         "collectives": [asdict(each) for each in plan.collectives],
         "roofline_seconds": least,
         "serial_seconds": most,
@@ -116,7 +120,8 @@ def to_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "run": run_cost(plan, least, price),
         "run_serial": run_cost(plan, most, price),
     }
-    return {
+    fields = {name: value for name, value in vars(plan).items() if name not in ("config", "topology", "mesh")}
+    return fields | {
         "topology": plan.topology.name,
         "device_kind": plan.topology.hardware.kind,
         "chips": plan.mesh.size,
@@ -125,14 +130,7 @@ def to_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "batch_size": train.batch_size,
         "accumulate": train.accumulate,
         "tokens_per_step": plan.tokens,
-        "parameters": plan.n_params,
-        "compile_seconds": plan.compile_seconds,
-        "fits": plan.fits,
-        "hbm_bytes": plan.needed,
         "hbm_capacity_bytes": plan.topology.capacity,
-        "hbm_parts": plan.parts,
-        "step_flops": plan.step_flops,
-        "model_flops": plan.model_flops,
         "seconds": {key: None if math.isnan(value) else value for key, value in plan.seconds.items()},
         "estimates": ["hbm_traffic_bytes", "hbm_parts.activations"],
         **{key: value if plan.fits else None for key, value in timed.items()},

@@ -49,14 +49,14 @@ class Plan:
     config: Config
     topology: Topology
     mesh: Mesh
-    n_params: int
+    parameters: int
     model_flops: float  # without recomputation, as MFU counts them
     step_flops: float  # of all matmuls that run
-    parts: dict[str, float]  # bytes of HBM by use
+    hbm_parts: dict[str, float]  # bytes by use
+    hbm_bytes: float = 0.0  # that the step needs
     fits: bool = False
-    needed: float = 0.0  # bytes of HBM
     compile_seconds: float | None = None  # None: not compiled, since the FLOPs alone take too long
-    traffic: float = math.nan  # bytes of HBM that the step reads and writes
+    hbm_traffic_bytes: float = math.nan  # that the step reads and writes
     collectives: list[CollectiveTotal] = field(default_factory=list)
 
     @property
@@ -69,7 +69,7 @@ class Plan:
         peak = self.topology.peak
         return {
             "flops": self.step_flops / self.mesh.size / peak.flops,
-            "hbm": self.traffic / peak.bandwidth,
+            "hbm": self.hbm_traffic_bytes / peak.bandwidth,
             "links": sum(each.seconds for each in self.collectives) if self.fits else math.nan,
         }
 
@@ -129,7 +129,7 @@ def make_plan(config: Config, topology: Topology, slower_than: float = math.inf)
         with jax.set_mesh(mesh):
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        plan.needed = bytes_refused(error)
+        plan.hbm_bytes = bytes_refused(error)
     else:
         _add_memory_and_time(plan, compiled)
     plan.compile_seconds = time.perf_counter() - start
@@ -154,19 +154,19 @@ def bytes_refused(error: Exception) -> float:
 def _add_memory_and_time(plan: Plan, compiled: Any) -> None:
     memory, stands_in = compiled.memory_analysis(), plan.config.model.attention == "blockwise"
     program = Program(compiled.as_text(), plan.mesh.size, excluded_loops="/attention/" if stands_in else "$^")
-    state = sum(plan.parts.values())
+    state = sum(plan.hbm_parts.values())
     # At the peak, where not all temporary arrays live.
     temporary = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     activations = min(program.stacked_bytes(plan.config.model.n_layer), temporary)
-    plan.parts |= {
+    plan.hbm_parts |= {
         "padding and batch": memory.argument_size_in_bytes - state,
         "activations": activations,
         "temporary": temporary - activations,
         "program": memory.generated_code_size_in_bytes,
     }
-    plan.needed = sum(plan.parts.values())
-    plan.fits = plan.topology.platform == "tpu" or plan.needed <= plan.topology.capacity  # a TPU's compiler refuses
-    plan.traffic = program.traffic() + (_kernel_traffic(plan) if stands_in else 0.0)
+    plan.hbm_bytes = sum(plan.hbm_parts.values())
+    plan.fits = plan.topology.platform == "tpu" or plan.hbm_bytes <= plan.topology.capacity  # a TPU's compiler refuses
+    plan.hbm_traffic_bytes = program.traffic() + (_kernel_traffic(plan) if stands_in else 0.0)
     plan.collectives = _totals(plan, program)
 
 
@@ -234,7 +234,7 @@ def _row(plan: Plan) -> str:
     if plan.compile_seconds is None:
         return _ROW.format(*_choices(plan), "", "the FLOPs alone take longer", "").rstrip()
     least = f"{plan.roofline_seconds * 1e3:,.1f}" if plan.fits else "does not fit"
-    return _ROW.format(*_choices(plan), f"{plan.needed / GIB:.2f}", least, f"{plan.compile_seconds:.0f}")
+    return _ROW.format(*_choices(plan), f"{plan.hbm_bytes / GIB:.2f}", least, f"{plan.compile_seconds:.0f}")
 
 
 def _shrinking(config: Config, topology: Topology, mesh: MeshConfig, remat: Any, slower_than: float) -> Iterator[Plan]:
@@ -248,10 +248,10 @@ def _shrinking(config: Config, topology: Topology, mesh: MeshConfig, remat: Any,
             replace(config, model=replace(config.model, remat=remat), train=train, mesh=mesh), topology, slower_than
         )
         yield plan
-        state = plan.parts["parameters"] + plan.parts["optimizer"]
+        state = plan.hbm_parts["parameters"] + plan.hbm_parts["optimizer"]
         if plan.fits or plan.compile_seconds is None or state >= topology.capacity:
             return
-        needed = math.ceil(accumulate * (plan.needed - state) / (topology.capacity - state))
+        needed = math.ceil(accumulate * (plan.hbm_bytes - state) / (topology.capacity - state))
 
 
 def candidate_meshes(config: Config, topology: Topology) -> list[MeshConfig]:

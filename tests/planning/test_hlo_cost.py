@@ -54,8 +54,7 @@ def test_a_step_has_the_flops_that_mfu_counts_and_those_of_remat():
 
 
 def test_frozen_weights_have_no_gradient():
-    _, counted, params = traced_step("plain", layers="looped")
-    tokens = 4 * 8
+    (_, counted, params), tokens = traced_step("plain", layers="looped"), 4 * 8
     lora = traced_step("plain", layers="looped", lora_rank=3, lora_layers="query,value")[1]
     frozen = 2 * (matmul_params(params) - params["token_embedding"].size) * tokens  # the head's gradient remains
     # Query and value of each layer have two matmuls of rank 3 more, each of them once forward and twice backward.
@@ -113,33 +112,28 @@ TPU = """HloModule jit_step
   %param_1 = s32[]{:T(128)} parameter(1)
   ROOT %dynamic-slice.1 = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_0, %param_1, %param_1, %param_1)
 }
-
 %update_fusion (param_0.1: bf16[12,8,128], param_1.1: bf16[1,8,128], param_2.1: s32[]) -> bf16[12,8,128] {
   %param_0.1 = bf16[12,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
   %param_1.1 = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} parameter(1)
   %param_2.1 = s32[]{:T(128)} parameter(2)
   ROOT %dynamic-update-slice.1 = bf16[12,8,128]{2,1,0} dynamic-update-slice(%param_0.1, %param_1.1, %param_2.1)
 }
-
 %first_fusion (param_0.2: bf16[2,128]) -> (bf16[8,128]) {
   %param_0.2 = bf16[2,128]{1,0:T(8,128)(2,1)} parameter(0)
   %all-gather.1 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%param_0.2), channel_id=6, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, frontend_attributes={chain_id="9"}
   ROOT %custom-call.1 = (bf16[8,128]{1,0:T(8,128)(2,1)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }
-
 %last_fusion (param_0.3: bf16[2,128]) -> bf16[8,128] {
   %param_0.3 = bf16[2,128]{1,0:T(8,128)(2,1)} parameter(0)
   %all-gather.2 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%param_0.3), channel_id=6, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, frontend_attributes={chain_id="9"}
   ROOT %custom-call.2 = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%param_0.3, %all-gather.2), custom_call_target="AsyncCollectiveDone"
 }
-
 %scatter_fusion (param_0.4: f32[8,128]) -> f32[1,128] {
   %param_0.4 = f32[8,128]{1,0:T(8,128)} parameter(0)
   %all-reduce.1 = f32[8,128]{1,0:T(8,128)} all-reduce(%param_0.4), replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0','axis_1'}, to_apply=%add
   %constant.9 = s32[]{:T(128)} constant(0)
   ROOT %dynamic-slice.2 = f32[1,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %constant.9, %constant.9)
 }
-
 %body (carry: (s32[], bf16[12,8,128], bf16[12,8,128], bf16[2,128])) -> (s32[], bf16[12,8,128], bf16[12,8,128], bf16[2,128]) {
   %carry = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%carry), index=0
@@ -150,16 +144,15 @@ TPU = """HloModule jit_step
   %start = (bf16[8,128]{1,0}) fusion(%part), kind=kCustom, calls=%first_fusion
   %done = bf16[8,128]{1,0} fusion(%part), kind=kCustom, calls=%last_fusion
   %new = bf16[12,8,128]{2,1,0} fusion(%kept, %one, %i), kind=kLoop, calls=%update_fusion
-  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) tuple(%i, %weights, %new, %part)
+  %next = s32[]{:T(128)S(1)} add(%i, %i)
+  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) tuple(%next, %weights, %new, %part)
 }
-
 %condition (carry.1: (s32[], bf16[12,8,128], bf16[12,8,128], bf16[2,128])) -> pred[] {
   %limit = s32[]{:T(128)} constant(12)
   %carry.1 = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) parameter(0)
   %i.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
   ROOT %lt = pred[]{:T(512)} compare(%i.1, %limit), direction=LT
 }
-
 ENTRY %main (p0: (s32[], bf16[12,8,128], bf16[12,8,128], bf16[2,128]), p1: f32[8,128]) -> f32[1,128] {
   %p0 = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) parameter(0)
   %p1 = f32[8,128]{1,0:T(8,128)} parameter(1)
