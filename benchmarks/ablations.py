@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.paired import circumstances
 from gptjax import host
 from gptjax.cli import load_config_file
 from gptjax.config import Config
@@ -95,7 +96,7 @@ def main() -> None:
         losses, ms = [loss for loss, _ in runs], 1e3 * statistics.median(seconds for _, seconds in runs)
         line = {"change": name, "losses": losses, "ms_per_step": ms}
         row = f"| {name} | {statistics.mean(losses):.4f} | {statistics.stdev(losses):.4f} | {ms:.1f} |"
-        print(json.dumps(line) if arguments.json else row, flush=True)
+        print(json.dumps(line | circumstances()) if arguments.json else row, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A batch from token files, ours and nanoGPT's get_batch: python -m benchmarks.data_loading [--json]"""
+"""A batch from token files, against nanoGPT's get_batch: python -m benchmarks.data_loading [--json]"""
 
 import tempfile
 from functools import partial
@@ -28,7 +28,7 @@ def main() -> None:
                 arguments.rounds,
             )
             name = f"data loading, a batch of {work} tokens, against nanoGPT's get_batch"
-            show([Result.of(name, 1e3 * ours.median, 1e3 * rival.median, "ms")], arguments.json, header=i == 0)
+            show([Result(name, 1e3 * ours.median, 1e3 * rival.median, "ms")], arguments, header=i == 0)
 
 
 if __name__ == "__main__":

@@ -1,52 +1,49 @@
-"""A table in Markdown and a picture of results: python -m benchmarks.page results.jsonl docs/benchmarks.png
+"""Write the tables of docs/performance.md from benchmarks/results/*.jsonl: python -m benchmarks.page
 
-results.jsonl has the lines that the benchmarks print with --json; of two with one name the later one counts.
+Those files have the lines that the benchmarks print with --json: one result a line, with what it was measured on.
 """
 
 import json
-import sys
-from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
+from benchmarks.paired import HEADER, ROOT, Result
 
-from benchmarks.paired import HEADER, Result
-
-
-def read(path: Path) -> list[Result]:
-    results = [Result(**json.loads(line)) for line in path.read_text().splitlines() if line.startswith("{")]
-    return list({result.name: result for result in results}.values())
+BEGIN, END = "<!-- written by benchmarks/, not by hand -->\n", "<!-- end -->\n"
+RESULT, RUN = ("work", "ours", "rival", "unit", "limit"), ("date", "python", "jax", "torch", "command")
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
-    """How many times faster than each rival, and how near to the limit, a bar a result."""
-    matplotlib.use("Agg")
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(13, 0.42 * len(results) + 1.2), sharey=True, width_ratios=(3, 1), layout="constrained"
-    )
-    places, times = range(len(results)), [1 / result.ratio for result in results]
-    left.barh(places, times, color=["tab:blue" if x >= 1 else "tab:red" for x in times])
-    left.set_xscale("log")
-    left.axvline(1, color="black", linewidth=1)
-    for place, x in zip(places, times, strict=True):
-        left.text(x, place, f" {x:.3g}x", va="center", fontsize=8)
-    left.set_yticks(places, [result.name for result in results], fontsize=8)
-    left.invert_yaxis()
-    left.set_xlabel("times faster than the rival")
-    left.margins(x=0.12)
-    right.barh(places, [result.fraction_of_limit or 0 for result in results], color="tab:gray")
-    right.set_xlim(0, 1)
-    right.set_xlabel("fraction of the measured limit")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def splice(page: Path, text: str) -> None:
+    """Replace what stands between the two markers of a page."""
+    old = page.read_text()
+    page.write_text(f"{old[: old.index(BEGIN)]}{BEGIN}\n{text}\n\n{old[old.index(END) :]}")
 
 
-def main(lines: str, picture: str) -> None:
-    results = read(Path(lines))
-    print("\n".join([HEADER, *(result.row() for result in results)]))
-    plot(results, Path(picture))
+def table(lines: list[dict[str, Any]]) -> str:
+    """The results of one machine, and below them the date, versions and command that each row's letter stands for."""
+    runs = list(dict.fromkeys(tuple(line[key] for key in RUN) for line in lines))
+    top, rule = HEADER.split("\n")
+    rows = [f"{top} run |", f"{rule}---|"]
+    for line in lines:
+        letter = ascii_lowercase[runs.index(tuple(line[key] for key in RUN))]
+        rows.append(f"{Result(*(line[key] for key in RESULT)).row()} {letter} |")
+    notes = []
+    for letter, (date, python, jax, torch, command) in zip(ascii_lowercase, runs, strict=False):
+        versions = f"Python {python}, jax {jax}" + (f", PyTorch {torch}" if torch else "")
+        notes.append(f"- {letter}: {date}, {versions}" + (f": `{command}`" if command else ""))
+    return "\n".join([*rows, "", *notes])
+
+
+def main() -> None:
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
+    lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    tables = []
+    for (machine, cores), group in groupby(lines, lambda line: (line["machine"], line["cores"])):
+        tables.append(f"### {machine}" + (f", {cores} cores" if cores else "") + f"\n\n{table(list(group))}")
+    splice(ROOT / "docs" / "performance.md", "\n\n".join(tables))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,51 +1,76 @@
-"""Ours and the others in turn, in the same run: medians, ratios, one JSON line a result.
+"""Measures several contenders in turn in the same run, each in a process of its own, and prints their medians.
 
-Each contender is a process of its own that waits while another one works, so that neither has the other's threads,
-memory or interpreter: `--rival_python` names the one that has PyTorch, where this one has not.
+A contender's process waits while another one works, so that they share neither threads nor memory. `--rival_python`
+names the interpreter that has PyTorch, if this one does not.
 """
 
 import argparse
 import json
 import os
+import platform
+import re
+import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from gptjax.host import n_cores
 
 ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
 class Result:
-    """Medians in `unit`, a time; ratio = ours / rival; `limit` is the least possible, None where it is not known."""
+    """Medians; less is better. `limit` is the least possible, None where it is not known."""
 
-    name: str
+    work: str
     ours: float
-    rival: float
+    rival: float | None
     unit: str
-    ratio: float
     limit: float | None = None
-    fraction_of_limit: float | None = None
-
-    @classmethod
-    def of(cls, name: str, ours: float, rival: float, unit: str, limit: float | None = None) -> "Result":
-        return cls(name, ours, rival, unit, ours / rival, limit, None if limit is None else limit / ours)
 
     def row(self) -> str:
         """A row of a table in Markdown."""
-        limit = "" if self.limit is None else f"{self.limit:.4g}, {self.fraction_of_limit:.2f}"
-        return f"| {self.name} | {self.ours:.4g} | {self.rival:.4g} | {self.unit} | {self.ratio:.3f} | {limit} |"
+        rival, ratio = ("", "") if self.rival is None else (f"{self.rival:.5g}", f"{self.ours / self.rival:.3f}")
+        limit = "" if self.limit is None else f"{self.limit:.5g}, {self.limit / self.ours:.2f}"
+        return f"| {self.work} | {self.ours:.5g} | {rival} | {self.unit} | {ratio} | {limit} |"
 
 
 HEADER = "| work | ours | rival | unit | ratio | limit, fraction |\n|---|---|---|---|---|---|"
 
 
+@cache
+def circumstances(rival_python: str = sys.executable) -> dict[str, Any]:
+    """What a line of JSON says beside the result: machine, cores, versions, date and command."""
+
+    def ask(python: str, code: str) -> str | None:
+        return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip() or None
+
+    device = ask(sys.executable, "import jax; print(jax.devices()[0].device_kind)")
+    if device == "cpu":
+        cpu = dict(re.findall(r"(.+?)\s*: (.*)", Path("/proc/cpuinfo").read_text()))
+        device = f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']})"
+    options = [option for option in sys.argv[1:] if option != "--json"]
+    return {
+        "machine": device,
+        "cores": n_cores(),
+        "python": platform.python_version(),
+        "jax": ask(sys.executable, "import jax; print(jax.__version__)"),
+        "torch": ask(rival_python, "import torch; print(torch.__version__)"),
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *options]),
+    }
+
+
 class Contender:
-    """A process that does one piece of work each time it is told to: `make(**options)` in it gives that piece."""
+    """A process that does one piece of work on each turn: `make(**options)` in it gives that piece."""
 
     def __init__(self, make: str, python: str | None = None, **options: Any):
         command = [python or sys.executable, "-m", "benchmarks.paired", make, json.dumps(options)]
@@ -78,7 +103,7 @@ class Contender:
 
 
 def in_turn(makers: Sequence[Callable[[], Contender]], rounds: int) -> list[Contender]:
-    """Start every contender, let each work once unmeasured, then in turn for so many rounds."""
+    """Start all contenders, let each work once unmeasured, then in turn for so many rounds."""
     with ExitStack() as stack:
         contenders = [stack.enter_context(make()) for make in makers]
         for _ in range(rounds + 1):
@@ -90,7 +115,7 @@ def in_turn(makers: Sequence[Callable[[], Contender]], rounds: int) -> list[Cont
 
 
 def parser(what: str, works: Sequence[str], default: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have; all works are measured unless told otherwise."""
+    """The options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line in place of a table")
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken")
@@ -101,12 +126,13 @@ def parser(what: str, works: Sequence[str], default: Sequence[str] | None = None
     return parser
 
 
-def show(results: Sequence[Result], as_json: bool, header: bool = True) -> None:
-    """Print results as soon as they are there."""
-    if header and not as_json:
+def show(results: Sequence[Result], arguments: argparse.Namespace, header: bool = True) -> None:
+    """Print results, as rows of a table or as lines for benchmarks/results."""
+    if header and not arguments.json:
         print(HEADER)
+    extra = circumstances(arguments.rival_python) if arguments.json else {}
     for result in results:
-        print(json.dumps(asdict(result)) if as_json else result.row(), flush=True)
+        print(json.dumps(asdict(result) | extra) if arguments.json else result.row(), flush=True)
 
 
 def _work(make: str, options: str) -> None:

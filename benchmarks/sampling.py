@@ -1,9 +1,8 @@
-"""Sampling: ours, nanoGPT's loop, transformers with its cache and CTranslate2: python -m benchmarks.sampling [--json]
+"""Sampling, against nanoGPT's loop, transformers and CTranslate2: python -m benchmarks.sampling [--json]
 
-From one token, 250 tokens of the character model and 100 of GPT-2 124M, temperature 0.8, of the 200 likeliest;
-milliseconds a token. The limit is the time to read every weight once, at the rate of memory measured in the same run;
-a token of several streams has its part of it. The small model's weights fit a cache, so that it may beat that limit.
-CTranslate2 takes part where the rivals' interpreter has it: pip install ctranslate2.
+From one token, 250 tokens of the character model and 100 of GPT-2 124M, temperature 0.8, top-k 200; milliseconds a
+token. The limit is the time to read every weight once at the rate of memory in the same run, divided by the number of
+streams; the small model's weights fit a cache and may beat it. CTranslate2 takes part if the rivals' Python has it.
 """
 
 import subprocess
@@ -48,8 +47,8 @@ def main() -> None:
                     continue
                 many = f"{streams} stream{'s' if streams > 1 else ''}"
                 title = f"sampling, {work}, {many}, {dtype}, against {rival}"
-                results.append(Result.of(title, 1e3 * mine.median, 1e3 * other.median, "ms a token", limit))
-        show(results, arguments.json, header=i == 0)
+                results.append(Result(title, 1e3 * mine.median, 1e3 * other.median, "ms a token", limit))
+        show(results, arguments, header=i == 0)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""From the command to the end of the first step: python -m benchmarks.startup [--json]
+"""From the command to the first step or text: python -m benchmarks.startup [--json]
 
-Ours is train.py with configs/shakespeare.py on data that is prepared, the evaluation before the first step included,
-once with an empty cache of compiled programs and once with the one that that run left; and sample.py to its first
-text, from a run that is made first. The rival is PyTorch, from the start of Python to the end of the first step of its
-compiled model, without data and without evaluation.
+Ours is train.py with configs/shakespeare.py on prepared data, to the end of its first step and so with the evaluation
+before it, and sample.py to its first text, each with an empty cache of compiled programs and with the one that this
+leaves. The rival is PyTorch, to the end of the first step of its compiled model, without data or evaluation.
 """
 
 import os
@@ -18,52 +17,38 @@ from pathlib import Path
 
 from benchmarks.paired import ROOT, Contender, Result, parser, show
 
-PROGRAM = """
-import os, runpy, sys
-import jax
-from gptjax.metrics import Metrics
 
-def add(self, step, metrics):
-    jax.block_until_ready(metrics)
-    print("first step", flush=True)
-    os._exit(0)
-
-Metrics.add = add
-sys.argv = ["train.py", *sys.argv[1:]]
-runpy.run_path("{root}/train.py", run_name="__main__")
-"""
-
-
-def seconds_until(pattern: bytes, command: list[str], folder: Path, cache: Path) -> float:
-    """From the start of a process to its first output that matches a pattern."""
+def seconds_until(pattern: bytes, file: Path, command: list[str], folder: Path, cache: Path) -> float:
+    """From the start of a process until a file matches a pattern; "output" is the process's own output."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cache)}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2", "PYTHONUNBUFFERED": "1"}
     start = time.perf_counter()
-    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE) as process:
-        found = b""
-        while not re.search(pattern, found, re.DOTALL) and (byte := process.stdout.read(1)):
-            found += byte
+    with (folder / "output").open("wb") as output:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output)
+        while not (file.exists() and re.search(pattern, file.read_bytes(), re.DOTALL)):
+            assert process.poll() is None, f"{command} ended with exit code {process.returncode}"
+            time.sleep(0.005)
         seconds = time.perf_counter() - start
         process.kill()
-    assert re.search(pattern, found, re.DOTALL), found.decode()
+        process.wait()
     return seconds
 
 
 def rounds(n: int, rival_python: str, folder: Path) -> Iterator[dict[str, float]]:
     """Seconds of each contender, in turn."""
-    config = ["--config", str(ROOT / "configs" / "shakespeare.py")]
-    train = [sys.executable, "-c", PROGRAM.format(root=ROOT), *config, "--out_dir"]
-    made = [sys.executable, str(ROOT / "train.py"), *config, "--out_dir", "made", "--train.max_steps", "2"]
+    train = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs" / "shakespeare.py")]
+    made = [*train, "--out_dir", "made", "--train.max_steps", "2"]
     subprocess.run(made, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.DEVNULL)
+    train += ["--train.log_interval", "1", "--out_dir"]
     sample = [sys.executable, str(ROOT / "sample.py"), "--run", "made", "--prompt", "ROMEO:", "--max_new_tokens", "64"]
     for i in range(n):
-        cache = folder / f"cache{i}"
-        times = {
-            "train.py, empty cache": seconds_until(b"first step", [*train, f"cold{i}"], folder, cache),
-            "train.py, warm cache": seconds_until(b"first step", [*train, f"warm{i}"], folder, cache),
-            "sample.py, empty cache": seconds_until(b"ROMEO:.", sample, folder, cache),
-            "sample.py, warm cache": seconds_until(b"ROMEO:.", sample, folder, cache),
-        }
+        times = {}
+        for state in ("empty", "warm"):
+            run, cache = f"{state}{i}", folder / f"cache{i}"
+            first_step = (b"\n1,", folder / run / "metrics.csv")
+            times[f"train.py, {state} cache"] = seconds_until(*first_step, [*train, run], folder, cache)
+        for state in ("empty", "warm"):
+            times[f"sample.py, {state} cache"] = seconds_until(b"ROMEO:.", folder / "output", sample, folder, cache)
         start = time.perf_counter()
         with Contender("works:torch_step", rival_python, work="nanogpt_cpu", dtype="float32", compiled=True):
             times["rival"] = time.perf_counter() - start
@@ -77,7 +62,7 @@ def main() -> None:
     medians = {name: statistics.median(times[name] for times in found) for name in found[0]}
     rival = medians.pop("rival")
     names = {name: f"startup, {name}, against PyTorch compiled" for name in medians}
-    show([Result.of(names[name], seconds, rival, "s") for name, seconds in medians.items()], arguments.json)
+    show([Result(names[name], seconds, rival, "s") for name, seconds in medians.items()], arguments)
 
 
 if __name__ == "__main__":

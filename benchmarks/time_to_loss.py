@@ -1,9 +1,10 @@
-"""How long until a loss on tiny Shakespeare's whole validation split: python -m benchmarks.time_to_loss FILE [--json]
+"""Seconds to a loss on tiny Shakespeare's whole validation split: python -m benchmarks.time_to_loss FILE [--json]
 
 FILE is the corpus. Ours is train.py with configs/speedrun.py, the rival nanoGPT's README recipe for a CPU in PyTorch
-with torch.compile: 2,000 steps, an evaluation of 20 batches every 250. Both from the start of Python to the loss of the
-whole split after the last step, ours after the best, compilation included and no cache of compiled programs before it;
-what train.py does then, saving, a picture, a sample and its report, is not counted. Losses are nats a character.
+with torch.compile: 2,000 steps and an evaluation of 20 batches every 250. Time runs from the start of Python to the
+loss of the whole split after the last step (ours: after the best), with compilation and an empty cache of compiled
+programs. What train.py does afterwards (checkpoint, picture, sample, report) does not count. Losses are nats a
+character.
 """
 
 import os
@@ -59,7 +60,7 @@ def main() -> None:
     ]
     mine, others = f"configs/{arguments.config}, {arguments.dtype}, to {loss:.4f}", f"compiled to {other_loss:.4f}"
     name = f"time to loss, {mine}, against nanoGPT's recipe {others}"
-    show([Result.of(name, seconds, other, "s")], arguments.json)
+    show([Result(name, seconds, other, "s")], arguments)
 
 
 if __name__ == "__main__":

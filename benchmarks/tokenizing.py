@@ -1,6 +1,6 @@
-"""From text to ids, against nanoGPT's ways: python -m benchmarks.tokenizing CORPUS GPT2_FOLDER [--json]
+"""Tokenizing, against nanoGPT's prepare.py: python -m benchmarks.tokenizing CORPUS GPT2_FOLDER [--json]
 
-CORPUS is a text, GPT2_FOLDER has GPT-2's encoder.json and vocab.bpe. Wants tiktoken.
+CORPUS is a text file, GPT2_FOLDER has GPT-2's encoder.json and vocab.bpe. `bpe` needs tiktoken.
 """
 
 from functools import partial
@@ -21,8 +21,8 @@ def main() -> None:
         given |= {"vocabulary": str(arguments.vocabulary.resolve())} if work == "bpe" else {}
         ours, rival = in_turn([partial(Contender, f"works:{make}", **given) for make in WORKS[work]], arguments.rounds)
         name = f"tokenizing, {work}, one core, against {'tiktoken' if work == 'bpe' else 'nanoGPT'}"
-        result = Result.of(name, 1e3 * ours.median, 1e3 * rival.median, "ms a million characters")
-        show([result], arguments.json, header=i == 0)
+        result = Result(name, 1e3 * ours.median, 1e3 * rival.median, "ms a million characters")
+        show([result], arguments, header=i == 0)
 
 
 if __name__ == "__main__":

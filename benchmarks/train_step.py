@@ -1,6 +1,6 @@
-"""A training step, ours and nanoGPT's form of it in PyTorch: python -m benchmarks.train_step [--json]
+"""A training step, against nanoGPT's in PyTorch: python -m benchmarks.train_step [--json]
 
-The limit is the step's FLOPs (6 N + 12 L D T a token) at the rate of matrix products measured in the same run.
+The limit is the step's FLOPs (6 N + 12 L D T a token) at the rate of matmuls in the same run.
 """
 
 from functools import partial
@@ -29,8 +29,8 @@ def main() -> None:
         limit = ours.facts["flops"] / 1e12 * min(peak.values)
         name = f"train step, {work}, {arguments.dtype}, against PyTorch {arguments.rival_dtype}"
         pairs = [(f"{name} compiled", compiled), (f"{name} eager", eager)]
-        results = [Result.of(name, 1e3 * ours.median, 1e3 * other.median, "ms", 1e3 * limit) for name, other in pairs]
-        show(results, arguments.json, header=i == 0)
+        results = [Result(name, 1e3 * ours.median, 1e3 * other.median, "ms", 1e3 * limit) for name, other in pairs]
+        show(results, arguments, header=i == 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What contenders do; each function returns facts and a function that does the work once and returns its seconds."""
+"""The work of contenders: each function returns facts and a function that works once and returns its seconds."""
 
 import tempfile
 import time
@@ -13,12 +13,11 @@ from gptjax.cli import load_config_file
 from gptjax.config import Config, DataConfig, ModelConfig, TrainConfig
 
 Work = tuple[dict[str, Any], Callable[[], float]]
-SECONDS = 2.0  # of work in a turn, at least
 GPT2 = {"gpt2_124m": (2, 256), "gpt2_124m_16x1024": (16, 1024)}  # windows of so many tokens
 
 
 def config_of(work: str) -> Config:
-    """The config of a piece of work, with what its data would say of the vocabulary."""
+    """The config of a piece of work, with the vocabulary size that its data would give."""
     if work in GPT2:
         batch_size, block_size = GPT2[work]
         return Config(
@@ -30,8 +29,8 @@ def config_of(work: str) -> Config:
     return replace(config, model=replace(config.model, vocab_size=65))
 
 
-def timed(step: Callable[[], object], seconds: float = SECONDS) -> Callable[[], float]:
-    """Repeat a step for so long, and return what one took on average."""
+def timed(step: Callable[[], object], seconds: float = 2.0) -> Callable[[], float]:
+    """A function that repeats a step for so long and returns the mean seconds of one."""
 
     def turn() -> float:
         n, start = 0, time.perf_counter()
@@ -74,11 +73,11 @@ def our_step(work: str, dtype: str) -> Work:
         jax.block_until_ready((state, metrics))
 
     step()
-    return {"flops": flops.step_flops(config, state.params), "jax": jax.__version__}, timed(step)
+    return {"flops": flops.step_flops(config, state.params)}, timed(step)
 
 
 def _torch_device() -> str:
-    """A GPU if PyTorch has one, with the lower precision of float32 products that nanoGPT allows there."""
+    """A GPU if PyTorch has one, with TF32 matmuls as in nanoGPT."""
     import torch
 
     torch.manual_seed(0)
@@ -87,7 +86,7 @@ def _torch_device() -> str:
 
 
 def torch_step(work: str, dtype: str, compiled: bool) -> Work:
-    """nanoGPT's step in PyTorch: the in-tree reference, forward, backward, clipping and AdamW."""
+    """nanoGPT's step in PyTorch, by tests/parity/reference.py: forward, backward, clipping and AdamW."""
     import torch
 
     from tests.parity.reference import Reference, Trainer
@@ -104,11 +103,11 @@ def torch_step(work: str, dtype: str, compiled: bool) -> Work:
             trainer.train([windows])
 
     step()
-    return {"torch": torch.__version__}, timed(step)
+    return {}, timed(step)
 
 
 def our_matmul(dtype: str) -> Work:
-    """Seconds of a TFLOP at the most that matrix products reach here."""
+    """Seconds of a TFLOP of matmuls, at their fastest."""
     from gptjax.host import use_cores
 
     use_cores(2, 0)
@@ -121,7 +120,7 @@ def our_matmul(dtype: str) -> Work:
 
 
 def memory() -> Work:
-    """Seconds to read a GB, at the best that all cores do together, or the GPU that JAX has."""
+    """Seconds to read a GB with all cores, or with the GPU that JAX has, at their fastest."""
     import jax
     import jax.numpy as jnp
 
@@ -146,7 +145,7 @@ def memory() -> Work:
 
 
 def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
-    """Seconds a token of `generate` from one new line, past the compilation; of all streams together."""
+    """Seconds a token of `generate`, as sample.py calls it, from one new line; of all streams together."""
     config = replace(config_of(work).model, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     from gptjax import host
 
@@ -175,11 +174,11 @@ def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
         return (time.perf_counter() - start) / (n_tokens * streams)
 
     n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - params["position_embedding"].nbytes
-    return {"bytes": n_bytes, "jax": jax.__version__}, run
+    return {"bytes": n_bytes}, run
 
 
 def nanogpt_sampling(work: str, streams: int, n_tokens: int, dtype: str) -> Work:
-    """Seconds a token of nanoGPT's `generate`: the last block_size tokens read again for every token."""
+    """Seconds a token of nanoGPT's `generate`, which reads the last block_size tokens again for every token."""
     import torch
 
     from tests.parity.reference import Reference
@@ -199,11 +198,11 @@ def nanogpt_sampling(work: str, streams: int, n_tokens: int, dtype: str) -> Work
         tokens.tolist()
         return (time.perf_counter() - start) / (n_tokens * streams)
 
-    return {"torch": torch.__version__}, run
+    return {}, run
 
 
 def _transformers_gpt2(config: ModelConfig) -> Any:
-    """transformers' GPT-2 of these sizes, of random weights."""
+    """transformers' GPT-2 of these sizes with random weights."""
     import torch
     import transformers
 
@@ -216,9 +215,8 @@ def _transformers_gpt2(config: ModelConfig) -> Any:
 
 
 def transformers_sampling(work: str, streams: int, n_tokens: int, dtype: str) -> Work:
-    """Seconds a token of transformers' GPT-2 with its cache, by its own `generate`."""
+    """Seconds a token of transformers' `generate` with its KV cache."""
     import torch
-    import transformers
 
     device = _torch_device()
     model = _transformers_gpt2(config_of(work).model).to(device, getattr(torch, dtype))
@@ -230,11 +228,11 @@ def transformers_sampling(work: str, streams: int, n_tokens: int, dtype: str) ->
         model.generate(tokens, attention_mask=torch.ones_like(tokens), **options).tolist()
         return (time.perf_counter() - start) / (n_tokens * streams)
 
-    return {"transformers": transformers.__version__}, run
+    return {}, run
 
 
 def ctranslate2_sampling(work: str, streams: int, n_tokens: int, dtype: str) -> Work:
-    """Seconds a token of CTranslate2's generator, of the weights of `transformers_sampling` in this type."""
+    """Seconds a token of CTranslate2's generator, with the weights of `transformers_sampling` in this dtype."""
     import ctranslate2
     import transformers
     from tokenizers import Tokenizer, models
@@ -242,7 +240,7 @@ def ctranslate2_sampling(work: str, streams: int, n_tokens: int, dtype: str) -> 
     from gptjax.host import n_cores
 
     model = _transformers_gpt2(config_of(work).model)
-    model.config.bos_token_id = model.config.eos_token_id = 0  # its converter asks for both, and for names of tokens
+    model.config.bos_token_id = model.config.eos_token_id = 0  # required by the converter, as names of tokens are
     names = Tokenizer(models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0"))
     special = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "t0")
     with tempfile.TemporaryDirectory() as folder:
@@ -250,9 +248,8 @@ def ctranslate2_sampling(work: str, streams: int, n_tokens: int, dtype: str) -> 
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=names, **special)
         tokenizer.save_pretrained(f"{folder}/transformers")
         ctranslate2.converters.TransformersConverter(f"{folder}/transformers").convert(f"{folder}/converted")
-        generator = ctranslate2.Generator(
-            f"{folder}/converted", compute_type=dtype, inter_threads=1, intra_threads=n_cores()
-        )
+        threads = {"inter_threads": 1, "intra_threads": n_cores()}
+        generator = ctranslate2.Generator(f"{folder}/converted", compute_type=dtype, **threads)
 
     def run() -> float:
         start = time.perf_counter()
@@ -267,7 +264,7 @@ def ctranslate2_sampling(work: str, streams: int, n_tokens: int, dtype: str) -> 
         assert all(len(answer.sequences_ids[0]) == n_tokens for answer in answers)
         return (time.perf_counter() - start) / (n_tokens * streams)
 
-    return {"ctranslate2": ctranslate2.__version__}, run
+    return {}, run
 
 
 def our_batches(folder: str, block_size: int, batch_size: int) -> Work:
