@@ -1,7 +1,6 @@
 """Text to token ids and back: characters, a BPE trained here, GPT-2's, or any tokenizer.json of `tokenizers`."""
 
 import itertools
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from gptjax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 Ids = Iterable[int] | Integer[np.ndarray, " T"]
-_CHARACTER = r"[\s\S]"  # "." does not match a newline
+_CHARACTERS = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")  # "." does not match a newline
 _BATCH = 16  # chunks of a text that the library encodes at once, in its threads
 
 
@@ -41,7 +40,7 @@ class Tokenizer:
     def from_characters(cls, ids: dict[str, int]) -> "Tokenizer":
         """Make a character tokenizer with the given id of each character."""
         library = tokenizers.Tokenizer(models.WordLevel(ids))
-        library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(_CHARACTER), "isolated")
+        library.pre_tokenizer = _CHARACTERS
         library.decoder = decoders.Fuse()
         return cls(library)
 
@@ -241,11 +240,9 @@ def _character_table(library: tokenizers.Tokenizer) -> np.ndarray | None:
 
     The id is -1 for a code point that is not a token; the last row, for all larger code points, is also -1.
     """
-    if not isinstance(library.model, models.WordLevel) or library.normalizer or library.get_added_tokens_decoder():
-        return None
-    split = {"type": "Split", "pattern": {"Regex": _CHARACTER}, "behavior": "Isolated", "invert": False}
-    characters = library.get_vocab()
-    if json.loads(library.to_str())["pre_tokenizer"] != split or not all(len(text) == 1 for text in characters):
+    characters, plain = library.get_vocab(), not library.normalizer and not library.get_added_tokens_decoder()
+    splits = repr(library.pre_tokenizer) == repr(_CHARACTERS) and all(len(text) == 1 for text in characters)
+    if not (isinstance(library.model, models.WordLevel) and plain and splits):
         return None
     table = np.full(max(map(ord, characters), default=-1) + 2, -1, np.int32)
     for character, i in characters.items():

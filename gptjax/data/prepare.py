@@ -40,8 +40,8 @@ class Dataset:
         for split, tokens, needed in (("train", self.train, block_size + 1), ("val", self.val, 2)):
             if len(tokens) < needed:
                 fix = "use a longer text, a smaller --model.block_size or another --data.val_fraction"
-                split = f"the {split} split of {self.folder} has {len(tokens)} tokens"
-                raise UserError(f"{split}; block_size={block_size} needs {needed}: {fix}")
+                found = f"the {split} split of {self.folder} has {len(tokens)} tokens"
+                raise UserError(f"{found}; block_size={block_size} needs {needed}: {fix}")
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -91,7 +91,6 @@ def _write_folder(made: Path, config: DataConfig, corpus: Corpus, form: Format) 
 
     Reads the text twice, or three times for a BPE: to count its characters, to train the BPE and to encode it.
     """
-    tokenizer = None if config.tokenizer in ("char", "bpe") else Tokenizer.from_name_or_path(config.tokenizer)
     n, alphabet = 0, set[str]()
     for chunk in corpus.chunks():
         n += len(chunk)
@@ -105,8 +104,10 @@ def _write_folder(made: Path, config: DataConfig, corpus: Corpus, form: Format) 
 
     if config.tokenizer == "char":
         tokenizer = Tokenizer.characters(alphabet)
-    elif tokenizer is None:
+    elif config.tokenizer == "bpe":
         tokenizer = Tokenizer.train_bpe(text(0, n_train, "training the BPE"), config.vocab_size)
+    else:
+        tokenizer = Tokenizer.from_name_or_path(config.tokenizer)
     tokenizer.save(made / "tokenizer.json")
     dtype = dtype_for(tokenizer.vocab_size)
     fields = {"characters": n, "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "format": form}

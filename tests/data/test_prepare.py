@@ -6,7 +6,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import threading
 import tracemalloc
 from pathlib import Path
 
@@ -44,6 +43,10 @@ def test_the_splits_are_the_text_cut_by_characters(config, tokenizer, val_fracti
     dataset = load_dataset(with_(config, tokenizer=tokenizer, val_fraction=val_fraction))
     n = int(len(TEXT) * (1 - val_fraction))
     assert text_of(dataset, "train") == TEXT[:n] and text_of(dataset, "val") == TEXT[n:]
+    if tokenizer == "bpe":  # trained on the training split only
+        Path(config.source).write_text(TEXT[:n] + "zyx " * ((len(TEXT) - n) // 4), encoding="utf-8")
+        tokenizer = load_dataset(with_(config, tokenizer="bpe", val_fraction=val_fraction)).tokenizer
+        assert len(tokenizer.encode("zyx")) == 3 and len(tokenizer.encode("Citizen")) < 4
 
 
 def test_tiny_shakespeare_is_nanogpts_to_the_bit(tmp_path):
@@ -57,13 +60,6 @@ def test_tiny_shakespeare_is_nanogpts_to_the_bit(tmp_path):
     ids = np.array([stoi[character] for character in data], np.uint16)
     assert (dataset.folder / "train.bin").read_bytes() == ids[: int(len(data) * 0.9)].tobytes()
     assert (dataset.folder / "val.bin").read_bytes() == ids[int(len(data) * 0.9) :].tobytes()
-
-
-def test_a_bpe_learns_from_the_training_part_alone(config, tmp_path):
-    n = int(len(TEXT) * 0.9)
-    (tmp_path / "input.txt").write_text(TEXT[:n] + "zyx " * ((len(TEXT) - n) // 4), encoding="utf-8")
-    tokenizer = load_dataset(with_(config, tokenizer="bpe")).tokenizer
-    assert len(tokenizer.encode("zyx")) == 3 and len(tokenizer.encode("Citizen")) < 4
 
 
 def test_what_is_prepared_is_used_again_until_its_text_changes(config, tmp_path, capsys):
@@ -104,17 +100,6 @@ def test_a_preparation_that_fails_leaves_nothing(config, tmp_path):
     with pytest.raises(UserError, match=r"'F' \(U\+0046\)"):
         load_dataset(with_(config, tokenizer=str(tmp_path / "tokenizer.json")))
     assert list(Path(config.dir).iterdir()) == []
-
-
-def test_preparations_at_the_same_time_agree(config):
-    datasets: list[Dataset] = []
-    threads = [threading.Thread(target=lambda: datasets.append(load_dataset(config))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(datasets) == 4 and len({dataset.fingerprint() for dataset in datasets}) == 1
-    assert [path.name for path in Path(config.dir).iterdir()] == [datasets[0].folder.name]
 
 
 def test_the_other_preparation_may_be_first_at_the_last_moment(config, monkeypatch):
@@ -161,35 +146,24 @@ def test_memory_stays_bounded_on_a_large_text(tmp_path):
     shutil.rmtree(tmp_path)  # pytest would keep 50 MB
 
 
-@pytest.fixture
-def nanogpt(tmp_path) -> Path:
+def test_nanogpts_characters_keep_their_ids(tmp_path):
     """A folder as nanoGPT's data/shakespeare_char/prepare.py makes it, with ids in an order of its own."""
-    folder = tmp_path / "nanogpt"
-    folder.mkdir()
     itos = dict(enumerate(["b", "a", "\n", "é"]))
-    write_tokens(folder / "train.bin", [np.array([0, 1, 2, 3, 0])], UINT16)
-    write_tokens(folder / "val.bin", [np.array([1, 1])], UINT16)
+    write_tokens(tmp_path / "train.bin", [np.array([0, 1, 2, 3, 0])], UINT16)
+    write_tokens(tmp_path / "val.bin", [np.array([1, 1])], UINT16)
+    config = DataConfig(source=str(tmp_path))
+    with pytest.raises(UserError, match="--data.tokenizer gpt2"):
+        load_dataset(config)
+    Tokenizer.characters("wxyz").save(tmp_path / "other.json")
+    assert text_of(load_dataset(with_(config, tokenizer=str(tmp_path / "other.json"))), "val") == "xx"
     meta = {"vocab_size": 4, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-    return folder
-
-
-def test_nanogpts_characters_keep_their_ids(nanogpt):
-    config = DataConfig(source=str(nanogpt))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     with pytest.raises(UserError, match="convert-meta .*meta.pkl"):
         load_dataset(config)
-    assert convert_meta(nanogpt / "meta.pkl") == nanogpt / "tokenizer.json"
+    assert convert_meta(tmp_path / "meta.pkl") == tmp_path / "tokenizer.json"
     dataset = load_dataset(config)
-    assert dataset.folder == nanogpt
+    assert dataset.folder == tmp_path
     assert text_of(dataset, "train") == "ba\néb" and text_of(dataset, "val") == "aa"
-
-
-def test_token_files_without_a_tokenizer_take_the_named_one(nanogpt, tmp_path):
-    (nanogpt / "meta.pkl").unlink()
-    with pytest.raises(UserError, match="--data.tokenizer gpt2"):
-        load_dataset(DataConfig(source=str(nanogpt)))
-    Tokenizer.characters("wxyz").save(tmp_path / "other.json")
-    assert text_of(load_dataset(DataConfig(source=str(nanogpt), tokenizer=str(tmp_path / "other.json"))), "val") == "xx"
 
 
 def test_llm_cs_shards_are_used_as_they_are_and_a_damaged_data_json_is_named(tmp_path):
@@ -213,18 +187,15 @@ class Hostile:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_hostile_meta_runs_nothing(tmp_path, protocol):
-    payload = pickle.dumps({"itos": Hostile(tmp_path / "ran")}, protocol)
-    (tmp_path / "meta.pkl").write_bytes(payload)
-    with pytest.raises(UserError, match="system"):
-        convert_meta(tmp_path / "meta.pkl")
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "tokenizer.json").exists()
-    pickle.loads(payload)
-    assert (tmp_path / "ran").exists()  # so it was hostile
-
-
-def test_what_is_no_character_vocabulary_is_refused(tmp_path):
+def test_a_meta_that_is_hostile_or_no_character_vocabulary_is_refused_and_runs_nothing(tmp_path):
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        payload = pickle.dumps({"itos": Hostile(tmp_path / "ran")}, protocol)
+        (tmp_path / "meta.pkl").write_bytes(payload)
+        with pytest.raises(UserError, match="system"):
+            convert_meta(tmp_path / "meta.pkl")
+        assert not (tmp_path / "ran").exists() and not (tmp_path / "tokenizer.json").exists()
+        pickle.loads(payload)
+        (tmp_path / "ran").unlink()  # so it was hostile
     for meta in (b"", b"junk", [1], {"itos": {0: "ab"}}, {"itos": {1: "a"}}, {"itos": dict(enumerate("aa"))}):
         (tmp_path / "meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
         with pytest.raises(UserError, match="meta.pkl is not a character vocabulary"):
