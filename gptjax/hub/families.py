@@ -211,7 +211,7 @@ def _llama_config(values: dict[str, Any]) -> ModelConfig:
     )
     return ModelConfig(
         vocab_size=values["vocab_size"],
-        block_size=values.get("max_position_embeddings", 2048),
+        block_size=values.get("max_position_embeddings", 32768 if qwen else 2048),
         n_layer=values["num_hidden_layers"],
         n_head=n_head,
         n_embd=n_embd,
