@@ -1,123 +1,104 @@
-"""The Hugging Face families that the model covers: their tensors' names and shapes, and their config.json."""
+"""The Hugging Face families that the model covers: names and shapes of their tensors, and their config.json."""
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.files import read_json
 from gptjax.model import GPT, ROPE_HIGH, ROPE_LOW
-
-# Path of a parameter -> name of its tensor, with the layer's number for {}. Heads lie one after another along the
-# output of query, key and value; GPT-2 keeps these three in one tensor, side by side.
-_GPT2_LAYER = {
-    "attention_norm/scale": "ln_1.weight",
-    "attention_norm/bias": "ln_1.bias",
-    "attention/query/kernel": "attn.c_attn.weight",
-    "attention/query/bias": "attn.c_attn.bias",
-    "attention/key/kernel": "attn.c_attn.weight",
-    "attention/key/bias": "attn.c_attn.bias",
-    "attention/value/kernel": "attn.c_attn.weight",
-    "attention/value/bias": "attn.c_attn.bias",
-    "attention/out/kernel": "attn.c_proj.weight",
-    "attention/out/bias": "attn.c_proj.bias",
-    "mlp_norm/scale": "ln_2.weight",
-    "mlp_norm/bias": "ln_2.bias",
-    "mlp/up/kernel": "mlp.c_fc.weight",
-    "mlp/up/bias": "mlp.c_fc.bias",
-    "mlp/down/kernel": "mlp.c_proj.weight",
-    "mlp/down/bias": "mlp.c_proj.bias",
-}
-_GPT2 = {
-    "token_embedding": "transformer.wte.weight",
-    "position_embedding": "transformer.wpe.weight",
-    "final_norm/scale": "transformer.ln_f.weight",
-    "final_norm/bias": "transformer.ln_f.bias",
-    "head": "lm_head.weight",
-} | {f"layers/{path}": f"transformer.h.{{}}.{name}" for path, name in _GPT2_LAYER.items()}
-
-_LLAMA_LAYER = {
-    "attention_norm/scale": "input_layernorm.weight",
-    "attention/query/kernel": "self_attn.q_proj.weight",
-    "attention/query/bias": "self_attn.q_proj.bias",
-    "attention/key/kernel": "self_attn.k_proj.weight",
-    "attention/key/bias": "self_attn.k_proj.bias",
-    "attention/value/kernel": "self_attn.v_proj.weight",
-    "attention/value/bias": "self_attn.v_proj.bias",
-    "attention/out/kernel": "self_attn.o_proj.weight",
-    "attention/out/bias": "self_attn.o_proj.bias",
-    "mlp_norm/scale": "post_attention_layernorm.weight",
-    "mlp/up/kernel": "mlp.up_proj.weight",
-    "mlp/up/bias": "mlp.up_proj.bias",
-    "mlp/gate/kernel": "mlp.gate_proj.weight",
-    "mlp/gate/bias": "mlp.gate_proj.bias",
-    "mlp/down/kernel": "mlp.down_proj.weight",
-    "mlp/down/bias": "mlp.down_proj.bias",
-}
-_LLAMA = {
-    "token_embedding": "model.embed_tokens.weight",
-    "final_norm/scale": "model.norm.weight",
-    "head": "lm_head.weight",
-} | {f"layers/{path}": f"model.layers.{{}}.{name}" for path, name in _LLAMA_LAYER.items()}
+from gptjax.sharding import path_name
 
 Family = Literal["gpt2", "nanogpt", "llama", "qwen2"]
-_TABLES: dict[Family, dict[str, str]] = {"gpt2": _GPT2, "nanogpt": _GPT2, "llama": _LLAMA, "qwen2": _LLAMA}
-# Tensors that some files hold and no model needs: masks, tables of angles, the head again where it is the embedding.
-SPARE = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+
+# A module's path -> its name in GPT-2's files and in Llama's, where {} is the layer; a kernel or a scale is NAME.weight
+# there, a bias NAME.bias. Modules of one name share a tensor, side by side in this order.
+_NAMES = {
+    "token_embedding": ("transformer.wte", "model.embed_tokens"),
+    "position_embedding": ("transformer.wpe", ""),
+    "layers/attention_norm": ("transformer.h.{}.ln_1", "model.layers.{}.input_layernorm"),
+    "layers/attention/query": ("transformer.h.{}.attn.c_attn", "model.layers.{}.self_attn.q_proj"),
+    "layers/attention/key": ("transformer.h.{}.attn.c_attn", "model.layers.{}.self_attn.k_proj"),
+    "layers/attention/value": ("transformer.h.{}.attn.c_attn", "model.layers.{}.self_attn.v_proj"),
+    "layers/attention/out": ("transformer.h.{}.attn.c_proj", "model.layers.{}.self_attn.o_proj"),
+    "layers/mlp_norm": ("transformer.h.{}.ln_2", "model.layers.{}.post_attention_layernorm"),
+    "layers/mlp/up": ("transformer.h.{}.mlp.c_fc", "model.layers.{}.mlp.up_proj"),
+    "layers/mlp/gate": ("", "model.layers.{}.mlp.gate_proj"),
+    "layers/mlp/down": ("transformer.h.{}.mlp.c_proj", "model.layers.{}.mlp.down_proj"),
+    "final_norm": ("transformer.ln_f", "model.norm"),
+    "head": ("lm_head", "lm_head"),
+}
+
+# GPT-2's activation_function -> ours; of two names of one function the first is written.
+_ACTIVATIONS: dict[str, Any] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu_erf",
+    "relu2": "relu2",
+}
+_ROPE_SCALING = {"low_freq_factor": ROPE_LOW, "high_freq_factor": ROPE_HIGH}  # the only ones that the model has
 
 
 class Place(NamedTuple):
-    """Where a tensor belongs: a parameter, and its layer or None."""
+    """A parameter that a tensor of a checkpoint holds."""
 
     path: str
-    layer: int | None
+    layer: int | None  # of a parameter that is stacked over the layers
+    shape: tuple[int, ...]  # of one layer: [in, out] of a kernel, [out] of a bias, [V, D] without padding of a table
+    transposed: bool  # whether the checkpoint has [out, in], as PyTorch's Linear
 
 
-def expected_tensors(config: ModelConfig, family: Family) -> dict[str, tuple[tuple[int, ...], list[Place]]]:
-    """Name of every tensor of a checkpoint -> its shape, and the places that it fills (query, key and value in order).
+class Tensor(NamedTuple):
+    """A tensor of a checkpoint: one parameter, or several of one shape side by side along `axis`, that of outputs."""
 
-    A Linear of PyTorch keeps [out, in]; GPT-2's files at Hugging Face keep [in, out], as kernels do here.
-    """
-    table, expected = _TABLES[family], dict[str, tuple[tuple[int, ...], list[Place]]]()
-    plain = replace(config, lora_rank=0)
-    for key, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: draw_params(plain, 0))):
-        path = path_of(key)
-        layers: list[int | None] = list(range(config.n_layer)) if path.startswith("layers/") else [None]
-        shape = leaf.shape[1:] if path.startswith("layers/") else leaf.shape
-        if path in ("token_embedding", "head"):
+    axis: int
+    places: list[Place]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.places[0].shape[::-1] if self.places[0].transposed else self.places[0].shape)
+        shape[self.axis] *= len(self.places)
+        return tuple(shape)
+
+
+def expected_tensors(config: ModelConfig, family: Family) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its name."""
+    leaves = by_path(jax.eval_shape(lambda: draw_params(replace(config, lora_rank=0), 0)))
+    order, column, tensors = list(_NAMES), 0 if family in ("gpt2", "nanogpt") else 1, dict[str, Tensor]()
+    modules = {path: re.sub("/(kernel|scale|bias)$", "", path) for path in leaves}
+    for path in sorted(leaves, key=lambda path: order.index(modules[path])):
+        stacked, is_kernel = path.startswith("layers/"), path.endswith("/kernel")
+        layers: list[int | None] = [*range(config.n_layer)] if stacked else [None]
+        shape = leaves[path].shape[1:] if stacked else leaves[path].shape
+        if is_kernel:
+            n_in = config.mlp_features if path.endswith("down/kernel") else config.n_embd
+            shape = (n_in, math.prod(shape) // n_in)
+        elif path.endswith("/bias"):
+            shape = (math.prod(shape),)
+        elif path in ("token_embedding", "head"):
             shape = (config.vocab_size, config.n_embd)
-        if path.endswith("kernel"):
-            n_in = config.n_embd if not path.endswith("down/kernel") else config.mlp_features
-            shape = (n_in, int(np.prod(shape)) // n_in)
-            shape = shape if family == "gpt2" else shape[::-1]
-        elif path.endswith("bias"):
-            shape = (int(np.prod(shape)),)
         for layer in layers:
-            name = table[path].format(layer)
-            if "c_attn" in name:
-                fused = [Place(path.replace("query", part), layer) for part in ("query", "key", "value")]
-                if "/query/" in path:
-                    axis = out_axis(family, shape)
-                    whole = tuple(3 * n if i == axis else n for i, n in enumerate(shape))
-                    expected[name] = (whole, fused)
-            else:
-                expected[name] = (shape, [Place(path, layer)])
-    return expected
+            name = _NAMES[modules[path]][column].format(layer) + (".bias" if path.endswith("/bias") else ".weight")
+            place = Place(path, layer, shape, transposed=is_kernel and family != "gpt2")
+            tensors.setdefault(name, Tensor(-1 if family == "gpt2" else 0, [])).places.append(place)
+    return tensors
 
 
-def out_axis(family: Family, shape: tuple[int, ...]) -> int:
-    return 1 if family == "gpt2" and len(shape) == 2 else 0
+def is_redundant(name: str, config: ModelConfig) -> bool:
+    """Whether a checkpoint's tensor holds no parameter: a mask, rotary frequencies, or a head that is the embedding."""
+    tied = config.tied_head and name == "lm_head.weight"
+    return tied or bool(re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name))
 
 
-def path_of(key: Any) -> str:
-    return jax.tree_util.keystr(key, simple=True, separator="/")
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of parameters, each by its path as in "layers/mlp/up/kernel"."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def draw_params(config: ModelConfig, seed: int) -> Any:
@@ -126,39 +107,64 @@ def draw_params(config: ModelConfig, seed: int) -> Any:
 
 
 def read_config(path: Path) -> tuple[Family, ModelConfig]:
-    """Family and ModelConfig of a config.json, in the form of transformers 4 or 5."""
+    """Family and ModelConfig of a config.json, in the form of transformers 4 or 5.
+
+    Raises:
+        UserError: the family, a feature or a value is not supported.
+    """
     values = read_json(path)
     family = values.get("model_type")
     try:
-        if family == "gpt2":
-            return "gpt2", within_reason(_gpt2_config(values))
-        if family in ("llama", "qwen2"):
-            return family, within_reason(_llama_config(values))
+        if family in ("gpt2", "llama", "qwen2"):
+            return family, within_limits(_gpt2_config(values) if family == "gpt2" else _llama_config(values))
     except KeyError as error:
         raise UserError(f"{path} has no {error.args[0]}") from error
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path} is not a config of {family}: {error}") from error
-    except UserError as error:
+    except (UserError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: {error}") from error
     raise UserError(f"{path}: model_type {family!r} is none of gpt2, llama, qwen2")
 
 
-def within_reason(config: ModelConfig) -> ModelConfig:
-    """Raise `UserError` for sizes that no model has: what follows would take memory in proportion to them."""
-    for name in ("vocab_size", "block_size", "n_layer", "n_embd", "mlp_width", "rope_original_block_size"):
+def within_limits(config: ModelConfig) -> ModelConfig:
+    """The config itself. Raises `UserError` for numbers that no model has, before memory is taken in proportion."""
+    for name, value in vars(config).items():
         most = 10_000 if name == "n_layer" else 1 << 24
-        config.require(getattr(config, name) <= most, name, f"is more than {most:,}")
+        config.require(not isinstance(value, int) or value <= most, name, f"is more than {most:,}")
+        config.require(not isinstance(value, float) or math.isfinite(value), name, "is not a finite number")
     config.require(config.vocab_size > 0, "vocab_size", "is not positive")
-    for name in ("norm_eps", "rope_theta", "rope_factor"):
-        config.require(math.isfinite(getattr(config, name)), name, "is not a finite number")
     return config
 
 
-def _refuse(values: dict[str, Any], harmless: dict[str, Any]) -> None:
-    """Raise `UserError` where a feature is on that changes the model and is not here."""
-    for name, off in harmless.items():
-        if values.get(name, off) not in (off, None):
-            raise UserError(f"{name}={values[name]!r} is not supported; only {off!r} is")
+def family_of(config: ModelConfig) -> Family:
+    """The Hugging Face family that has this architecture: its config.json, read back, gives every field again.
+
+    Raises:
+        UserError: no family has a field's value.
+    """
+    family: Family = "gpt2" if config.position == "learned" else "qwen2" if config.qkv_bias else "llama"
+    values = config_values(family, config)
+    back = _gpt2_config(values) if family == "gpt2" else _llama_config(values)
+    if family == "gpt2":
+        back = replace(back, bias=config.bias)  # where the model has no biases, those of GPT-2 are zeros
+    theirs = _architecture(back)
+    for name, value in _architecture(config).items():
+        complaint = f"is in no Hugging Face family: {family}, the nearest one, has {theirs[name]}"
+        config.require(value == theirs[name], name, complaint)
+    return family
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    """The fields that a checkpoint determines and that this model uses, each with the value that takes effect."""
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.metadata["architecture"]}
+    values |= {"n_kv_head": config.kv_heads, "mlp_width": config.mlp_features}
+    unused = "rope_" if config.position == "learned" else "rope_original" if config.rope_factor == 1 else ()
+    return {name: value for name, value in values.items() if not name.startswith(unused)}
+
+
+def _require_values(values: dict[str, Any], supported: dict[str, Any]) -> None:
+    """Raise `UserError` where a field that changes the model has another value than the one that is supported."""
+    for name, value in supported.items():
+        if values.get(name, value) not in (value, None):
+            raise UserError(f"{name}={values[name]!r} is not supported; only {value!r} is")
 
 
 def _number(value: Any) -> float:
@@ -168,13 +174,11 @@ def _number(value: Any) -> float:
 
 
 def _gpt2_config(values: dict[str, Any]) -> ModelConfig:
-    harmless = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    _refuse(values, harmless)
-    forms: dict[str, Any] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-    forms |= {"gelu": "gelu_erf", "relu2": "relu2"}
+    off = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    _require_values(values, {"scale_attn_weights": True} | off)
     activation = values.get("activation_function", "gelu_new")
-    if activation not in forms:
-        raise UserError(f"activation_function {activation!r} is none of {', '.join(forms)}")
+    if activation not in _ACTIVATIONS:
+        raise UserError(f"activation_function {activation!r} is none of {', '.join(_ACTIVATIONS)}")
     return ModelConfig(
         vocab_size=values["vocab_size"],
         block_size=values.get("n_positions", values.get("n_ctx", 1024)),
@@ -182,7 +186,7 @@ def _gpt2_config(values: dict[str, Any]) -> ModelConfig:
         n_head=values["n_head"],
         n_embd=values["n_embd"],
         mlp_width=values.get("n_inner") or 0,
-        activation=forms[activation],
+        activation=_ACTIVATIONS[activation],
         norm_eps=_number(values.get("layer_norm_epsilon", 1e-5)),
         bias=True,
         tied_head=values.get("tie_word_embeddings", True),
@@ -190,75 +194,45 @@ def _gpt2_config(values: dict[str, Any]) -> ModelConfig:
 
 
 def _llama_config(values: dict[str, Any]) -> ModelConfig:
-    qwen = values["model_type"] == "qwen2"
-    harmless = {"hidden_act": "silu", "use_sliding_window": False}
+    is_qwen = values["model_type"] == "qwen2"
     n_head, n_embd = values["num_attention_heads"], values["hidden_size"]
-    _refuse(values, harmless | {"head_dim": n_embd // max(n_head, 1)})
-    if not qwen:
-        _refuse(values, {"mlp_bias": values.get("attention_bias", False)})
+    n_kv_head, bias = values.get("num_key_value_heads"), values.get("attention_bias", False)
+    _require_values(values, {"hidden_act": "silu", "use_sliding_window": False, "head_dim": n_embd // max(n_head, 1)})
+    if not is_qwen:
+        _require_values(values, {"mlp_bias": bias})
     rope = (values.get("rope_scaling") or {}) | (values.get("rope_parameters") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind, scaling = rope.get("rope_type", rope.get("type", "default")), {}
     if kind not in ("default", "llama3"):
         raise UserError(f"rope_type {kind!r} is not supported; only 'default' and 'llama3' are")
-    _refuse(rope, {"low_freq_factor": ROPE_LOW, "high_freq_factor": ROPE_HIGH})
-    scaled = (
-        {}
-        if kind == "default"
-        else {
-            "rope_factor": _number(rope["factor"]),
-            "rope_original_block_size": rope["original_max_position_embeddings"],
-        }
-    )
+    _require_values(rope, _ROPE_SCALING)
+    if kind == "llama3":
+        original = rope["original_max_position_embeddings"]
+        scaling = {"rope_factor": _number(rope["factor"]), "rope_original_block_size": original}
     return ModelConfig(
         vocab_size=values["vocab_size"],
-        block_size=values.get("max_position_embeddings", 32768 if qwen else 2048),
+        block_size=values.get("max_position_embeddings", 32768 if is_qwen else 2048),
         n_layer=values["num_hidden_layers"],
         n_head=n_head,
         n_embd=n_embd,
-        n_kv_head=_none_if_same(values.get("num_key_value_heads"), n_head),
+        n_kv_head=0 if n_kv_head in (None, n_head) else n_kv_head,
         mlp_width=values["intermediate_size"],
         activation="swiglu",
         norm="rmsnorm",
         norm_eps=_number(values.get("rms_norm_eps", 1e-6)),
         position="rope",
         rope_theta=_number(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
-        bias=bool(values.get("attention_bias", False)) and not qwen,
-        qkv_bias=qwen,
+        bias=bool(bias) and not is_qwen,
+        qkv_bias=is_qwen,
         tied_head=values.get("tie_word_embeddings", False),
-        **scaled,
-    )
-
-
-def _none_if_same(n_kv_head: int | None, n_head: int) -> int:
-    return 0 if n_kv_head in (None, n_head) else n_kv_head
-
-
-def family_of(config: ModelConfig) -> Family:
-    """The Hugging Face family that a model can be written as.
-
-    Raises:
-        UserError: none has this combination of fields.
-    """
-    elsewhere = "is in no Hugging Face family here: not gpt2, llama or qwen2"
-    for name in ("qk_norm", "embedding_norm", "logit_cap"):
-        config.require(not getattr(config, name), name, elsewhere)
-    kind = (config.norm, config.position, config.activation == "swiglu")
-    if kind == ("layernorm", "learned", False) and config.kv_heads == config.n_head and not config.qkv_bias:
-        return "gpt2"
-    if kind == ("rmsnorm", "rope", True) and not (config.bias and config.qkv_bias):
-        return "qwen2" if config.qkv_bias else "llama"
-    raise UserError(
-        "no Hugging Face family here has this model: gpt2 has layernorm, learned positions, GELU and n_kv_head=n_head; "
-        f"llama and qwen2 have rmsnorm, rope and swiglu; this one has model.norm={config.norm}, position="
-        f"{config.position}, activation={config.activation}, n_kv_head={config.kv_heads}, bias={config.bias}, "
-        f"qkv_bias={config.qkv_bias}"
+        **scaling,
     )
 
 
 def config_values(family: Family, config: ModelConfig) -> dict[str, Any]:
-    """What `read_config` reads."""
+    """The fields of a config.json that `read_config` reads, and the class that transformers makes of it."""
     if family == "gpt2":
         return {
+            "model_type": family,
             "architectures": ["GPT2LMHeadModel"],
             "vocab_size": config.vocab_size,
             "n_positions": config.block_size,
@@ -266,20 +240,14 @@ def config_values(family: Family, config: ModelConfig) -> dict[str, Any]:
             "n_head": config.n_head,
             "n_embd": config.n_embd,
             "n_inner": config.mlp_width or None,
-            "activation_function": {"gelu_tanh": "gelu_new", "gelu_erf": "gelu", "relu2": "relu2"}[config.activation],
+            "activation_function": next((k for k, v in _ACTIVATIONS.items() if v == config.activation), "gelu_new"),
             "layer_norm_epsilon": config.norm_eps,
             "tie_word_embeddings": config.tied_head,
         }
-    scaling = None
-    if config.rope_factor != 1:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": config.rope_factor,
-            "low_freq_factor": ROPE_LOW,
-            "high_freq_factor": ROPE_HIGH,
-            "original_max_position_embeddings": config.rope_original_block_size,
-        }
+    original = {"original_max_position_embeddings": config.rope_original_block_size}
+    scaling = {"rope_type": "llama3", "factor": config.rope_factor} | original | _ROPE_SCALING
     return {
+        "model_type": family,
         "architectures": ["LlamaForCausalLM" if family == "llama" else "Qwen2ForCausalLM"],
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.block_size,
@@ -291,6 +259,6 @@ def config_values(family: Family, config: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
+        "rope_scaling": scaling if config.rope_factor != 1 else None,
         "tie_word_embeddings": config.tied_head,
     } | ({"attention_bias": config.bias, "mlp_bias": config.bias} if family == "llama" else {})

@@ -1,46 +1,37 @@
-"""Where a run's first weights come from when it does not draw them: `--init_from`."""
+"""The weights that a run starts from when it does not draw them: `--init_from`."""
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from gptjax.config import Config, DataConfig, ModelConfig
 from gptjax.data.prepare import Dataset
 from gptjax.errors import UserError
-from gptjax.hub.weights import (
-    SIDE_FILES,
-    adopt,
-    load_params,
-    locate,
-    merge_lora,
-    open_weights,
-    reuse_params,
-    tokenizer_of,
-)
+from gptjax.hub.weights import SIDE_FILES, load_params, locate, merge_lora, open_weights, reuse_params, tokenizer_of
 from gptjax.run_dir import holds_run, load_run
 from gptjax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Weights to start from, looked at and not yet read."""
+    """Weights to start from: their config and tokenizer, and how to load them (`gptjax.loop.InitialWeights`)."""
 
     config: ModelConfig
     tokenizer: str  # as data.tokenizer names it
     folder: Path
-    load: Callable[[ModelConfig, Any, int], Any]  # config, abstract parameters, seed of what is new -> parameters
+    load: Callable[[ModelConfig, Any, int], Any]  # config, abstract parameters, seed for LoRA -> parameters
 
     def adapt(self, config: Config) -> Config:
         """The config with this architecture, and with this tokenizer unless it names one.
 
         Raises:
-            UserError: it sets something that the weights do not have.
+            UserError: it sets a field to a value that the weights do not have.
         """
         named = config.data.tokenizer != DataConfig().tokenizer
         data = config.data if named else replace(config.data, tokenizer=self.tokenizer)
-        return replace(config, model=adopt(config.model, self.config), data=data)
+        return replace(config, model=_adopt(config.model, self.config), data=data)
 
     def require_fit(self, dataset: Dataset, run_dir: Path) -> None:
         """Raise `UserError` unless the tokens are of the weights' own tokenizer, and the run has its own folder."""
@@ -54,41 +45,57 @@ class PretrainedWeights:
             raise UserError(f"out_dir={run_dir} is where the weights to start from are: name another --out_dir")
 
     def copy_side_files(self, run_dir: Path) -> None:
-        """Keep the chat template, the stop tokens and the like with the run, which then needs nothing else."""
+        """Copy the chat template, the stop tokens and the like, so that the run's folder is self-contained."""
         for name in SIDE_FILES:
             if (self.folder / name).exists():
                 shutil.copyfile(self.folder / name, run_dir / name)
 
 
-def resumed(config: Config, saved: Config, run_dir: Path) -> Config:
-    """The config of a run that goes on and started from weights that may be gone: it has a copy."""
-    before = saved.data.tokenizer
-    if config.data.tokenizer in (DataConfig().tokenizer, before):
-        tokenizer = before if before == "gpt2" or Path(before).exists() else str(run_dir / "tokenizer.json")
-        config = replace(config, data=replace(config.data, tokenizer=tokenizer))
-    return replace(config, model=adopt(config.model, saved.model))
-
-
 def open_pretrained(name: str) -> PretrainedWeights:
-    """A Hugging Face folder or the name of a model there, a run's folder (its best checkpoint), or nanoGPT's ckpt.pt.
+    """The weights in a Hugging Face folder, of a model's name on the hub, in a run's folder or in nanoGPT's ckpt.pt.
+
+    A run's are those of its best checkpoint, with LoRA's updates merged.
 
     Raises:
         UserError: it is none of these, or damaged.
     """
     path = locate(name)
     if holds_run(path):
-        return _open_run(path)
+        run, params, _ = load_run(path, "best")
+        model, params = merge_lora(run.model, params)
+        return PretrainedWeights(model, str(path / "tokenizer.json"), path, lambda *args: reuse_params(params, *args))
     weights = open_weights(path)
-    folder = path if path.is_dir() else path.parent
-    return PretrainedWeights(
-        weights.config, tokenizer_of(path, weights.config), folder, lambda *arguments: load_params(weights, *arguments)
-    )
+    folder, tokenizer = path if path.is_dir() else path.parent, tokenizer_of(path, weights.config)
+    return PretrainedWeights(weights.config, tokenizer, folder, lambda *args: load_params(weights, *args))
 
 
-def _open_run(path: Path) -> PretrainedWeights:
-    run, params, _ = load_run(path, "best")
-    checkpoint, params = merge_lora(run.model, params)
+def resumed(config: Config, saved: Config, run_dir: Path) -> Config:
+    """The config of a run that resumes after it started from pretrained weights, which may no longer be there.
 
-    return PretrainedWeights(
-        checkpoint, str(path / "tokenizer.json"), path, lambda *arguments: reuse_params(params, *arguments)
-    )
+    If their tokenizer is gone, the run's own copy of it is used.
+    """
+    before = saved.data.tokenizer
+    if config.data.tokenizer in (DataConfig().tokenizer, before):
+        tokenizer = before if before == "gpt2" or Path(before).exists() else str(run_dir / "tokenizer.json")
+        config = replace(config, data=replace(config.data, tokenizer=tokenizer))
+    return replace(config, model=_adopt(config.model, saved.model))
+
+
+def _adopt(config: ModelConfig, checkpoint: ModelConfig) -> ModelConfig:
+    """The checkpoint's architecture with the config's other fields: block_size, dropout, dtype, LoRA.
+
+    Raises:
+        UserError: the config sets another architecture, or asks for more positions than the checkpoint has.
+    """
+    defaults = ModelConfig()
+    if config.block_size == defaults.block_size:
+        config = replace(config, block_size=min(config.block_size, checkpoint.block_size))
+    longest = checkpoint.block_size
+    too_long = f"is longer than this checkpoint's {longest} positions; pass --model.block_size {longest} or less"
+    config.require(config.block_size <= longest, "block_size", too_long)
+    inherited = [field.name for field in fields(ModelConfig) if field.metadata["architecture"]]
+    for name in inherited:
+        value, there = getattr(config, name), getattr(checkpoint, name)
+        unset = value in (getattr(defaults, name), there)
+        config.require(unset, name, f"is not what the checkpoint has ({there}); leave it out")
+    return replace(config, **{name: getattr(checkpoint, name) for name in inherited})
