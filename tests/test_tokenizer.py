@@ -77,7 +77,7 @@ def test_character_ids_follow_the_code_points_as_in_nanogpt(tmp_path):
     assert holes.vocab_size == 8 and holes.encode("ba").tolist() == [7, 0] and holes.decode([0, 3, 7]) == "ab"
 
 
-@pytest.mark.parametrize("pieces", [["ab\ncab\nab☃c"], ["ab\nc", "ab", "\nab", "☃c"]])
+@pytest.mark.parametrize("pieces", [["ab\ncab\nab☃c\n"], ["ab\nc", "ab", "\nab", "☃c\n"]])
 def test_an_unknown_character_is_named_with_its_place(pieces):
     with pytest.raises(UserError) as error:
         list(Tokenizer.characters("abc\n").encode_chunks(pieces))
