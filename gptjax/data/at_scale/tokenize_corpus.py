@@ -114,8 +114,7 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
 
 def tokenize_part(number: int, part: Part, tokenizer: Tokenizer, config: TokenizeConfig) -> Iterator[Count]:
     """Write a part's two shards, and yield the count so far after each batch."""
-    dtype, end = dtype_for(tokenizer.vocab_size), tokenizer.token_id(config.end_of_text)
-    assert end is not None  # checked by `begin_folder`
+    dtype, end = dtype_for(tokenizer.vocab_size), tokenizer.vocabulary()[config.end_of_text]
     train, val = _shards_of(config.out, number)
     for unfinished in [*train.parent.glob(f"{train.name}.*.part"), *val.parent.glob(f"{val.name}.*.part")]:
         unfinished.unlink(missing_ok=True)  # by a worker that was killed
