@@ -190,8 +190,8 @@ def to_html(columns: Sequence[Column], prompts: Sequence[str], temperatures: Seq
     cards = "".join(_card(column) for column in columns)
     sections = "".join(_section(prompt, columns, temperatures) for prompt in prompts)
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
         f"<title>Models side by side</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f'<h1>Models side by side</h1>\n<div class="row" style="--n: {len(columns)}">{cards}</div>\n{sections}'
         "<footer>Perplexity per byte: the exponential of the model's loss on the prompt, in nats per UTF-8 byte; it is "
@@ -205,7 +205,7 @@ def _card(column: Column) -> str:
     picture = ""
     if column.picture:
         data = base64.b64encode(column.picture).decode()
-        picture = f'<img alt="training and validation loss" src="data:image/png;base64,{data}">'
+        picture = f'<img alt="training and validation loss" src="data:image/png;base64,{data}"/>'
     return f'<div class="card"><h2>{html.escape(column.name)}</h2><dl>{rows}</dl>{picture}</div>'
 
 

@@ -6,8 +6,8 @@ import json
 import math
 import re
 from functools import cache
-from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
@@ -35,28 +35,19 @@ END = "~"  # of a chat model's answer
 ALPHABET = sorted(set("\nab Ü" + NASTY + CHAIN + END + "[usb]" + "be brief"))
 UNAWARE = [character if character != "Ü" else "Z" for character in ALPHABET]
 # One architecture for all models, and so one compilation.
-MODEL = ModelConfig(
-    vocab_size=len(ALPHABET),
-    block_size=BLOCK,
-    n_layer=1,
-    n_head=2,
-    n_embd=32,
-    bias=True,
-    tied_head=False,
-    dtype="float32",
-)
+SIZES = {"vocab_size": len(ALPHABET), "block_size": BLOCK, "n_layer": 1, "n_head": 2, "n_embd": 32}
+MODEL = ModelConfig(**SIZES, bias=True, tied_head=False, dtype="float32")
 TEMPLATE = "{% for message in messages %}[{{ message.role[0] }}]{{ message.content }}{% endfor %}[b]"
 PICTURE = b"\x89PNG and more <bytes>"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_time_is_lost():
-    """Half of it would be XLA's optimizations, and much of the rest loading one folder again and again."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Each folder is loaded once, and templates are rendered in this process (test_chat_template.py has theirs)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageModel, "load", cache(LanguageModel.load))
+        patch.setattr(chat, "render", lambda template, messages, _: chat._text(template, {"messages": messages}))
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +74,18 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory, scramble):
+    """A chat model that reads every text."""
+    folder = tmp_path_factory.mktemp("models") / "instruct"
+    folder.mkdir()
+    export(folder, MODEL, scramble(MODEL, seed=1), "float32")
+    tokenizer_of(ALPHABET).save(folder / "tokenizer.json")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    return folder
+
+
 def tokenizer_of(alphabet):
     return Tokenizer.from_characters({character: i for i, character in enumerate(alphabet)})
 
@@ -96,67 +99,9 @@ def table():
     return scipy.special.log_softmax(logits_VV, axis=1)
 
 
-@pytest.fixture(scope="module")
-def instruct(tmp_path_factory, scramble):
-    """A chat model that reads every text."""
-    folder = tmp_path_factory.mktemp("models") / "instruct"
-    folder.mkdir()
-    export(folder, MODEL, scramble(MODEL, seed=1), "float32")
-    tokenizer_of(ALPHABET).save(folder / "tokenizer.json")
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_process():
-    """Templates rendered here, for time; test_chat.py has their process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            chat,
-            "render",
-            lambda template, messages, variables: chat._text(
-                template, {**variables, "messages": list(messages), "add_generation_prompt": True}
-            ),
-        )
-        yield
-
-
-class Element:
-    def __init__(self, tag, attributes):
-        self.tag, self.attributes, self.content = tag, dict(attributes), []
-
-    def text(self):
-        return "".join(part if isinstance(part, str) else part.text() for part in self.content)
-
-    def all(self, tag, **attributes):
-        """Those inside with this tag and, of these attributes, these values."""
-        inside = [part for part in self.content if isinstance(part, Element)]
-        fits = [e for e in inside if e.tag == tag and attributes.items() <= e.attributes.items()]
-        return fits + [found for e in inside for found in e.all(tag, **attributes)]
-
-
-class Page(HTMLParser):
-    """A page, which must be well formed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open = [Element("", ())]
-        self.feed(text)
-        self.close()
-        [self.root] = self.open
-
-    def handle_starttag(self, tag, attributes):
-        assert len(dict(attributes)) == len(attributes)
-        self.open[-1].content.append(element := Element(tag, attributes))
-        if tag not in ("meta", "img"):
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop().tag == tag
-
-    def handle_data(self, data):
-        self.open[-1].content.append(data)
+def texts(element, tag, kind=None):
+    """Of the elements inside with this tag and, if there is one, this class."""
+    return ["".join(inside.itertext()) for inside in element.iter(tag) if kind in (None, inside.get("class"))]
 
 
 def read_markdown(text):
@@ -193,59 +138,57 @@ def pages(run, base, instruct, tmp_path_factory):
     return [Path(f"{out}.{kind}").read_text(encoding="utf-8") for kind in ("html", "md")]
 
 
-def given_answers(pages):
+@pytest.fixture(scope="module")
+def page(pages):
+    """The page of HTML, which is well-formed XML too."""
+    return ElementTree.fromstring(pages[0])
+
+
+@pytest.fixture(scope="module")
+def answers(page):
     """(prompt, model, temperature) -> the answer on the page of HTML."""
-    answers = {}
-    for section in Page(pages[0]).root.all("section"):
-        [title] = section.all("h2")
-        for card in section.all("div", **{"class": "card"}):
-            [name], texts = card.all("h3"), card.all("pre")
-            shown = [element.text().split()[1] for element in card.all("b")]
-            assert len(shown) == len(texts)
-            for temperature, element in zip(shown, texts, strict=True):
-                answers[title.text(), name.text(), temperature] = element.text()
-    return answers
+    return {
+        (texts(section, "h2")[0], texts(card, "h3")[0], temperature.split()[1]): answer
+        for section in page.iter("section")
+        for card in section.iterfind(".//div[@class='card']")
+        for temperature, answer in zip(texts(card, "b"), texts(card, "pre"), strict=True)
+    }
 
 
-def test_both_pages_have_every_prompt_model_temperature_and_answer(pages, run, base, instruct):
-    answers, (outside, blocks) = given_answers(pages), read_markdown(pages[1])
+def test_both_pages_have_every_prompt_model_temperature_and_answer(pages, page, answers, run, base, instruct):
+    outside, blocks = read_markdown(pages[1])
     names = [run.name, base.name, instruct.name]
     readable = {(p, n, t) for p in PROMPTS for n in names for t in TEMPERATURES if p != "Über" or n == "instruct"}
     assert set(answers) == set(blocks) == readable
     for (prompt, name, temperature), text in blocks.items():
         before = "" if name == "instruct" else prompt  # what a chat model is asked is no part of its text
         assert answers[prompt, name, temperature] == before + text
-    page = Page(pages[0]).root
-    assert [element.text() for element in page.all("h2")] == names + PROMPTS
-    assert [element.text() for element in page.all("h3")] == names * len(PROMPTS)
-    assert [line for line in outside if line.startswith("#")][0] == "# Models side by side"
-    assert [unescaped(line[3:]) for line in outside if line.startswith("## ")] == PROMPTS
-    assert [unescaped(line[4:]) for line in outside if line.startswith("### ")] == names * len(PROMPTS)
+    assert texts(page, "h2") == names + PROMPTS and texts(page, "h3") == names * len(PROMPTS)
+    headings = [unescaped(line) for line in outside if line.startswith("#")]
+    expected = [[f"## {prompt}", *(f"### {name}" for name in names)] for prompt in PROMPTS]
+    assert headings == ["# Models side by side", *sum(expected, [])]
 
 
-def test_answers_are_the_models_own(pages, run, base, instruct):
+def test_answers_are_the_models_own(answers, run, base, instruct):
     """Of the model made by hand they are known; the others' are computed as anything else does."""
-    answers = given_answers(pages)
     said = (CHAIN + "`" * N_NEW)[:N_NEW]
     assert [answers[prompt, base.name, "0"] for prompt in (NASTY, "a b")] == [NASTY + said, "a b" + said]
-    for folder in (run, instruct):
-        model = LanguageModel.load(str(folder))
-        for prompt in PROMPTS if folder is instruct else [NASTY]:
-            ids = model.tokenizer.prompt(prompt if folder is run else f"[u]{prompt}[b]")
-            new = greedy(model, ids)
-            before = prompt if folder is run else ""
-            assert answers[prompt, folder.name, "0"] == before + model.tokenizer.decode(new)
+    for prompt in PROMPTS:
+        assert answers[prompt, instruct.name, "0"] == greedy(instruct, f"[u]{prompt}[b]")
+    assert answers[NASTY, run.name, "0"] == NASTY + greedy(run, NASTY)
 
 
-def greedy(model, ids):
-    new = []
+def greedy(folder, text):
+    """The likeliest continuation, each token by a forward pass of its own."""
+    model, new = LanguageModel.load(str(folder)), []
+    ids = model.tokenizer.prompt(text)
     while len(new) < N_NEW:
         window = np.append(ids, new).astype(np.int32)[-BLOCK:]
-        logits_V = logits_of(model, window)[len(window) - 1]
-        if int(logits_V.argmax()) in model.stop_tokens:
+        likeliest = int(logits_of(model, window)[len(window) - 1].argmax())
+        if likeliest in model.stop_tokens:
             break
-        new.append(int(logits_V.argmax()))
-    return new
+        new.append(likeliest)
+    return model.tokenizer.decode(new)
 
 
 def logits_of(model, ids):
@@ -257,19 +200,17 @@ def logits_of(model, ids):
 forward = jax.jit(lambda config, params, tokens_BT: GPT(config).apply({"params": params}, tokens_BT), static_argnums=0)
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing(pages):
-    page = Page(pages[0]).root
-    tags = "html head meta title style body h1 h2 h3 div dl dt dd img section p b pre span footer".split()
-    elements = [element for tag in tags for element in page.all(tag)]
-    assert len(re.findall("<[a-z]", pages[0])) == len(elements)  # no others, so no script and no link
-    for element in elements:
-        assert set(element.attributes) <= {"class", "style", "lang", "charset", "name", "content", "src", "alt"}
-        assert "http" not in "".join(element.attributes.values())
-    [image] = page.all("img")
-    assert image.attributes["src"] == "data:image/png;base64," + base64.b64encode(PICTURE).decode()
-    [style] = page.all("style")
-    assert "url(" not in style.text() and "@import" not in style.text()
-    assert "<script" not in pages[0].lower()
+def test_the_page_needs_nothing_else_and_runs_nothing(page):
+    for element in page.iter():  # no script and no link
+        assert (
+            element.tag
+            in "html head meta title style body h1 h2 h3 div dl dt dd img section p b pre span footer".split()
+        )
+        assert set(element.keys()) <= {"class", "style", "lang", "charset", "name", "content", "src", "alt"}
+        assert "http" not in "".join(element.attrib.values())
+    [image], [style] = page.iter("img"), texts(page, "style")
+    assert image.get("src") == "data:image/png;base64," + base64.b64encode(PICTURE).decode()
+    assert "url(" not in style and "@import" not in style
 
 
 def test_markdown_has_no_html_and_its_table_is_whole(pages, run, base, instruct):
@@ -280,54 +221,45 @@ def test_markdown_has_no_html_and_its_table_is_whole(pages, run, base, instruct)
     assert not re.search(r"(?<!\\)<", "\n".join(outside))
 
 
-def test_what_a_model_cannot_read_is_said_and_the_rest_goes_on(pages, run, base):
-    [_, section, _] = Page(pages[0]).root.all("section")
-    outside, _ = read_markdown(pages[1])
-    problems = section.all("p", **{"class": "problem"})
-    assert len(problems) == 2 and len(Page(pages[0]).root.all("p", **{"class": "problem"})) == 2
-    assert all("no character 'Ü'" in problem.text() for problem in problems)
+def test_what_a_model_cannot_read_is_said_and_the_rest_goes_on(pages, page):
+    [_, section, _], (outside, _) = page.iter("section"), read_markdown(pages[1])
+    assert texts(page, "p", "problem") == texts(section, "p", "problem")
+    assert ["no character 'Ü'" in problem for problem in texts(page, "p", "problem")] == [True] * 2
     assert sum("no character 'Ü'" in line for line in outside) == 2
-    assert len(section.all("pre")) == len(TEMPERATURES)  # the chat model's
+    assert len(texts(section, "pre")) == len(TEMPERATURES)  # the chat model's
 
 
-def test_cards_say_what_is_known(pages, run):
-    cards = Page(pages[0]).root.all("div", **{"class": "card"})[:3]
-    shown = [dict(zip(*([e.text() for e in card.all(tag)] for tag in ("dt", "dd")), strict=True)) for card in cards]
+def test_cards_say_what_is_known(page, run):
+    cards = page.findall(".//div[@class='card']")[:3]
+    shown = [dict(zip(texts(card, "dt"), texts(card, "dd"), strict=True)) for card in cards]
     assert [facts["trained on"] for facts in shown] == [f"{3 * 5 * BLOCK} tokens", "not stated", "not stated"]
     assert [facts["asked as"].split()[1] for facts in shown] == ["text", "text", "chat"]
     assert {facts["tokenizer"] for facts in shown} == {f"characters, {len(ALPHABET)} tokens"}
-    assert [len(card.all("img")) for card in cards] == [1, 0, 0]
+    assert [len(texts(card, "img")) for card in cards] == [1, 0, 0]
     n_params = sum(leaf.size for leaf in jax.tree.leaves(LanguageModel.load(str(run)).params))
     assert shown[0]["parameters"] == f"{n_params:,}" and shown[0]["context"] == f"{BLOCK} tokens"
 
 
-def test_perplexity_is_per_byte_of_all_the_prompt(pages, base, instruct):
+def test_perplexity_is_per_byte_of_all_the_prompt(pages, page, base, instruct):
     """From what stands before a text: a new line for characters, the end of the text before for the others."""
-    model, log_probs_VV = LanguageModel.load(str(base)), table()
+    log_probs_VV, model = table(), LanguageModel.load(str(instruct))
     places = [ALPHABET.index(character) for character in "\n" + NASTY]
     nats = -sum(log_probs_VV[i, j] for i, j in zip(places, places[1:], strict=False))
-    expected = {(NASTY, base.name): math.exp(nats / len(NASTY.encode()))}
+    expected = {base.name: math.exp(nats / len(NASTY.encode()))}
+    ids = np.append(ALPHABET.index(END), model.tokenizer.encode(NASTY))
+    log_probs_TV = scipy.special.log_softmax(logits_of(model, ids), axis=1)
+    nats = -log_probs_TV[np.arange(len(ids) - 1), ids[1:]].sum()
+    expected[instruct.name] = math.exp(nats / len(NASTY.encode()))
     assert len(NASTY.encode()) > len(NASTY)
-    assert perplexity_per_byte(model, NASTY) == pytest.approx(expected[NASTY, base.name], rel=1e-5)
-    model = LanguageModel.load(str(instruct))
-    for prompt in PROMPTS:
-        ids = np.append(ALPHABET.index(END), model.tokenizer.encode(prompt))
-        log_probs_TV = scipy.special.log_softmax(logits_of(model, ids), axis=1)
-        nats = -log_probs_TV[np.arange(len(ids) - 1), ids[1:]].sum()
-        expected[prompt, "instruct"] = math.exp(nats / len(prompt.encode()))
-        assert perplexity_per_byte(model, prompt) == pytest.approx(expected[prompt, "instruct"], rel=1e-5)
-    outside, _ = read_markdown(pages[1])
-    for section in Page(pages[0]).root.all("section"):
-        for card in section.all("div", **{"class": "card"}):
-            place = section.all("h2")[0].text(), card.all("h3")[0].text()
-            if place in expected:
-                line = card.all("p", **{"class": "small"})[0].text()
-                shown = re.search("([0-9.]+) per byte", line)
-                assert float(shown[1]) == pytest.approx(expected[place], rel=1e-5, abs=0.006)
-                assert any(shown[0] in other for other in outside)
+    section, outside = next(page.iter("section")), "\n".join(read_markdown(pages[1])[0])
+    shown = [text for text in texts(section, "p", "small") if "per byte" in text]
+    for folder, text in zip((base, instruct), shown[1:], strict=True):
+        perplexity = perplexity_per_byte(LanguageModel.load(str(folder)), NASTY)
+        assert perplexity == pytest.approx(expected[folder.name], rel=1e-5)
+        assert f" {perplexity:.2f} per byte" in text and f" {perplexity:.2f} per byte" in outside
 
 
-def test_one_seed_one_answer_and_temperature_0_has_no_seed(run):
+def test_a_seed_is_an_answer_but_not_at_temperature_0(run):
     model = LanguageModel.load(str(run))
 
     def answer(temperature, seed):
@@ -336,28 +268,23 @@ def test_one_seed_one_answer_and_temperature_0_has_no_seed(run):
         assert reply.tokens_per_second > 0 and len(reply.answer.tokens) == N_NEW
         return reply.answer.text
 
-    assert answer(0.0, 1) == answer(0.0, 1) == answer(0.0, 2)
-    assert answer(1.5, 1) == answer(1.5, 1) != answer(1.5, 2)
-    assert answer(1.5, 1) != answer(0.0, 1)
+    assert answer(0.0, 1) == answer(0.0, 2) != answer(1.5, 1) == answer(1.5, 1) != answer(1.5, 2)
 
 
 def test_a_system_prompt_is_for_chat_models(instruct, run):
-    for folder, wanted in ((instruct, "[s]be brief[u]a b[b]"), (run, "a b")):
-        model = LanguageModel.load(str(folder))
+    for folder, prompt in ((instruct, "[s]be brief[u]a b[b]"), (run, "a b")):
         arguments = Arguments(models=(str(folder),), system="be brief", max_new_tokens=N_NEW)
-        text = compare.reply(model, "a b", 0.0, arguments).answer.text
-        assert text == model.tokenizer.decode(greedy(model, model.tokenizer.prompt(wanted)))
+        answer = compare.reply(LanguageModel.load(str(folder)), "a b", 0.0, arguments).answer
+        assert answer.text == greedy(folder, prompt)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--prompts", "nowhere.txt"], "cannot read prompts=nowhere.txt"),
-        (["--prompts", "."], "cannot read prompts=."),
-        (["--prompts", "empty.txt"], "prompts=empty.txt has no prompts"),
         (["--prompts", "blank.txt"], "prompts=blank.txt has no prompts"),
         (["--prompts", "latin.txt"], "cannot read prompts=latin.txt"),
-        (["--temperature", "0", "-1"], "temperature=(0.0, -1.0) has a negative value"),
+        (["--temperature", "0", "-1"], "temperature=(0.0, -1.0)"),
         (["--max_new_tokens", "0"], "max_new_tokens=0 is not positive"),
         (["--seed", "-1"], "seed=-1 is not in"),
         (["no such model"], "'no such model' does not exist"),
@@ -365,7 +292,6 @@ def test_a_system_prompt_is_for_chat_models(instruct, run):
 )
 def test_a_mistake_is_one_line_and_writes_nothing(run, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    Path("empty.txt").write_text("")
     Path("blank.txt").write_text(" \n\n\t\n")
     Path("latin.txt").write_bytes("é".encode("latin1"))
     with pytest.raises(UserError) as raised:
@@ -374,18 +300,13 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, tmp_path, monkeypatch, ar
     assert not list(Path().glob("compare.*"))
 
 
-def test_the_case_study_is_these_three():
-    assert compare.PROMPTS.name == "case_study.txt"
-    assert Arguments(models=("any",)).read_prompts() == [
-        "The capital of Singapore is",
-        "Who are you?",
-        "What is the range of output of tanh?",
-    ]
+def test_the_default_prompts_are_a_file_of_the_project():
+    assert len(Arguments(models=("any",)).read_prompts()) == 3
 
 
-@pytest.mark.parametrize("text", ["a\n```\nb", "`````", "\n````\n\n", "a ` b `` c", ""])
+@pytest.mark.parametrize("text", ["a\n```\nb", "\n````\n\n", "a ` b `` c", ""])
 def test_a_fence_ends_where_the_answer_does(text):
     answer = compare.Reply(Answer(text, [1], [-1.0]), 1.0)
     column = compare.Column("name", {"asked as": "a chat"}, None, {"prompt": 1.0}, {("prompt", 0.5): answer}, {})
     assert read_markdown(compare.to_markdown([column], ["prompt"], [0.5]))[1] == {("prompt", "name", "0.5"): text}
-    assert Page(compare.to_html([column], ["prompt"], [0.5])).root.all("pre")[0].text() == text
+    assert texts(ElementTree.fromstring(compare.to_html([column], ["prompt"], [0.5])), "pre") == [text]

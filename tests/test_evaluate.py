@@ -1,4 +1,4 @@
-"""Evaluation: every token counts once with the context it should have, and what is right is known by hand."""
+"""Evaluation: every token counts once with the context it should have, and the right answers are known by hand."""
 
 import json
 import math
@@ -33,17 +33,14 @@ CONFIG = ModelConfig(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_time_is_lost():
-    """Half of it would be XLA's optimizations, and much of the rest loading one folder again and again."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def each_folder_is_loaded_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageModel, "load", cache(LanguageModel.load))
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
-def model_of(config, params, tokenizer, folder, name="model"):
-    return LanguageModel(name, config, params, tokenizer, None, {}, frozenset(), {}, None, folder)
+def model_of(config, params, tokenizer, folder):
+    return LanguageModel("model", config, params, tokenizer, None, {}, frozenset(), {}, None, folder)
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +95,8 @@ def chooser(tmp_path_factory):
     return model, log_prob
 
 
-@pytest.fixture(scope="module")
-def run(model):
-    """A run of 8 windows a batch, to be given its tokens."""
-    config = Config(model=CONFIG, train=TrainConfig(batch_size=8), mesh=MeshConfig(data=1))
-    mesh = make_mesh(config.mesh, 8)
-    return Run(config, model.folder, None, mesh, compile_steps(config, mesh), None, None)
-
-
-def random_ids(n, seed=0):
-    return np.random.default_rng(seed).integers(0, len(ALPHABET), n).astype(np.int32)
+def random_ids(n):
+    return np.random.default_rng(0).integers(0, len(ALPHABET), n).astype(np.int32)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -129,38 +118,29 @@ def naive_log_probs(model, pairs):
 CLOSE = {"rtol": 2e-6}
 
 
-@pytest.mark.parametrize("n_tokens", [2, BLOCK, BLOCK + 1, BLOCK + 2, 3 * BLOCK + 1, 30])
-def test_windows_on_their_own_are_those_of_a_runs_validation(model, run, n_tokens, tmp_path):
+def test_the_loss_of_windows_on_their_own_is_a_runs_validation_loss(model, tmp_path):
     """The one number, three ways: this module, the training loop, and every token by a forward pass of its own."""
-    ids = random_ids(n_tokens)
-    pairs = [
-        (ids[start:i], ids[i])
-        for start in range(0, n_tokens - 1, BLOCK)
-        for i in range(start + 1, min(start + BLOCK, n_tokens - 1) + 1)
-    ]
-    assert len(pairs) == n_tokens - 1
-    naive = -naive_log_probs(model, pairs).mean()
-    write_tokens(tmp_path / "val.bin", [ids], np.dtype("<u2"))
-    tokens = Tokens([tmp_path / "val.bin"])
-    with_tokens = run._replace(dataset=Dataset(tokens, tokens, model.tokenizer, tmp_path))
-    np.testing.assert_allclose(validation_loss(with_tokens, model.params), naive, **CLOSE)
-    np.testing.assert_allclose(text_loss(model, ids, BLOCK)["nats_per_token"], naive, **CLOSE)
+    config = Config(model=CONFIG, train=TrainConfig(batch_size=8), mesh=MeshConfig(data=1))
+    mesh = make_mesh(config.mesh, 8)
+    run = Run(config, model.folder, None, mesh, compile_steps(config, mesh), None, None)
+    for n_tokens in (2, BLOCK + 1, BLOCK + 2, 30):
+        ids = random_ids(n_tokens)
+        pairs = [(ids[(i - 1) // BLOCK * BLOCK : i], ids[i]) for i in range(1, n_tokens)]
+        naive = -naive_log_probs(model, pairs).mean()
+        write_tokens(tmp_path / "val.bin", [ids], np.dtype("<u2"))
+        tokens = Tokens([tmp_path / "val.bin"])
+        with_tokens = run._replace(dataset=Dataset(tokens, tokens, model.tokenizer, tmp_path))
+        np.testing.assert_allclose(validation_loss(with_tokens, model.params), naive, **CLOSE)
+        np.testing.assert_allclose(text_loss(model, ids, BLOCK)["nats_per_token"], naive, **CLOSE)
 
 
-@pytest.mark.parametrize("n_tokens", [2, BLOCK, BLOCK + 1, BLOCK + 2, 30])
-@pytest.mark.parametrize(
-    ("block_size", "stride"), [(BLOCK, 1), (BLOCK, 5), (BLOCK, 11), (BLOCK, BLOCK), (7, 4), (1, 1)]
-)
+@pytest.mark.parametrize("n_tokens", [2, BLOCK + 1, BLOCK + 2, 160])  # 160: more windows than are scored at once
+@pytest.mark.parametrize(("block_size", "stride"), [(BLOCK, 1), (BLOCK, 5), (BLOCK, BLOCK), (7, 4), (1, 1)])
 def test_every_token_counts_once_after_the_tokens_just_before_it(model, monkeypatch, n_tokens, block_size, stride):
     ids, windows, score = random_ids(n_tokens), [], LanguageModel.score
-
-    def note(self, texts):
-        windows.extend(texts)
-        return score(self, texts)
-
-    monkeypatch.setattr(LanguageModel, "score", note)
+    monkeypatch.setattr(LanguageModel, "score", lambda self, texts: windows.extend(texts) or score(self, texts))
     result = text_loss(model, ids, block_size, stride)
-    assert windows and np.concatenate([continuation for _, continuation in windows]).tolist() == ids[1:].tolist()
+    assert np.concatenate([continuation for _, continuation in windows]).tolist() == ids[1:].tolist()
     pairs, at = [], 1
     for number, (context, continuation) in enumerate(windows):
         n_before, n = len(context), len(continuation)
@@ -179,18 +159,9 @@ def test_every_token_counts_once_after_the_tokens_just_before_it(model, monkeypa
 def test_no_stride_is_the_whole_block_and_a_block_is_cut_to_the_models(model):
     ids = random_ids(3 * BLOCK + 1)
     assert text_loss(model, ids, 1000) == text_loss(model, ids, 1000, 900) == text_loss(model, ids, BLOCK, BLOCK)
-    losses = {text_loss(model, ids, *pair)["nats_per_token"] for pair in [(BLOCK, BLOCK), (BLOCK, 4), (6, 6)]}
-    assert len(losses) == 3
 
 
-def test_many_windows_are_as_one_by_one(model):
-    """More of them than are scored at once."""
-    ids = random_ids(160)
-    one_by_one = naive_log_probs(model, [(ids[max(0, i - BLOCK) : i], ids[i]) for i in range(1, 160)])
-    np.testing.assert_allclose(text_loss(model, ids, BLOCK, 1)["nats_per_token"], -one_by_one.mean(), **CLOSE)
-
-
-@pytest.mark.parametrize("text", ["abc", "éa你\n.", "你你你é", "a" * 30 + "é" * 3])
+@pytest.mark.parametrize("text", ["abc", "éa你\n.", "a" * 30 + "é" * 3])
 def test_bytes_and_perplexities_say_the_same(model, text):
     result = text_loss(model, model.tokenizer.encode(text), BLOCK)
     nats = result["nats_per_token"] * result["tokens"]
@@ -200,26 +171,26 @@ def test_bytes_and_perplexities_say_the_same(model, text):
     assert result["bits_per_byte"] == pytest.approx(math.log2(result["perplexity_per_byte"]))
 
 
-def test_a_mark_before_the_text_is_no_text(model, monkeypatch, tmp_path):
-    """Llama's tokenizers begin with a token: it is seen, and all of the text counts."""
+def same_scores(texts, nats):
+    """As from `score`, with the same log-probability for every token."""
+    return [(np.full(len(text), nats, np.float32), np.zeros(len(text), bool)) for _, text in texts]
+
+
+def test_a_token_that_begins_every_text_is_no_text(model, monkeypatch, tmp_path):
+    """As of Llama's tokenizers: it is seen, and all of the text counts."""
     library = tokenizers.Tokenizer.from_str(Tokenizer.train_bpe(["abcdefg " * 20], 262).to_json())
     library.add_special_tokens(["<s>"])
-    mark = ("<s>", library.token_to_id("<s>"))
-    library.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[mark])
+    begin = ("<s>", library.token_to_id("<s>"))
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
     tokenizer = Tokenizer(library)
     model = replace(model, tokenizer=tokenizer, config=replace(CONFIG, vocab_size=tokenizer.vocab_size))
     text = "é abcdefg <s>é"
     (tmp_path / "text.txt").write_text(text)
     monkeypatch.setattr(LanguageModel, "score", lambda self, texts: same_scores(texts, -1.0))
     ids = read_tokens(model, tmp_path / "text.txt")
-    assert ids[0] == mark[1] and mark[1] not in ids[1:]
+    assert ids[0] == begin[1] and begin[1] not in ids[1:]
     result = text_loss(model, ids, BLOCK)
     assert (result["tokens"], result["bytes"]) == (len(tokenizer.encode(text)), len(text.encode()))
-
-
-def same_scores(texts, nats):
-    """As from `score`, with the same log-probability for every token."""
-    return [(np.full(len(text), nats, np.float32), np.zeros(len(text), bool)) for _, text in texts]
 
 
 def test_a_bin_file_is_the_text_that_it_was_made_from(folder, model, tmp_path, capsys):
@@ -228,26 +199,20 @@ def test_a_bin_file_is_the_text_that_it_was_made_from(folder, model, tmp_path, c
     ids = model.tokenizer.encode(text)
     write_tokens(tmp_path / "flat.bin", [ids], np.dtype("<u2"))
     write_tokens(tmp_path / "shard.bin", [ids], np.dtype("<u2"), header=True)
-    results = []
     for name in ("text.txt", "flat.bin", "shard.bin"):
         main([str(folder), "--text", str(tmp_path / name), "--json"])
         result = json.loads(capsys.readouterr().out)["text"]
         assert result.pop("file").endswith(name) and result.pop("seconds") >= 0
-        results.append(result)
-    assert results[0] == results[1] == results[2] == text_loss(model, ids, 1024)
+        assert result == text_loss(model, ids, 1024)
 
 
-def test_the_ending_that_the_model_expects_is_chosen(chooser):
-    """Whether the label is a number or, as in HellaSwag's own files, may be a text."""
+def test_the_likeliest_ending_is_chosen_by_its_sum_or_per_character(chooser):
+    """A label is a number or, as in HellaSwag's own files, a text."""
     model, log_prob = chooser
     question = {"ctx": "a", "endings": ["b", "d", "c"]}
     assert np.argmax([log_prob("a " + ending, 1) for ending in question["endings"]]) == 1
     results = [hellaswag(model, [question | {"label": label}]) for label in (1, "1", 0, "2")]
     assert [result["accuracy"] for result in results] == [1, 1, 0, 0]
-
-
-def test_per_character_is_another_choice_than_by_the_sum(chooser):
-    model, log_prob = chooser
     short, long = "b", "d d d"
     sums = [log_prob("a " + ending, 1) for ending in (short, long)]
     assert sums[0] > sums[1] and sums[0] / len(short) < sums[1] / len(long)
@@ -261,25 +226,19 @@ def test_choices_are_those_of_every_tokens_own_forward_pass(model):
     text = lambda n: "".join(rng.choice(list("abcdefg"), n))  # noqa: E731
     lengths = [1, 3, 5, 8, 9, 14, 15, 30] * 2
     questions = [{"ctx": text(n), "endings": [text(m) for m in rng.integers(1, 8, 4)]} for n in lengths]
-    best, best_per_character = [], []
+    best = []
     for question in questions:
         sums = []
         for ending in question["endings"]:
             ids = model.tokenizer.encode(f"{question['ctx']} {ending}")[-BLOCK - 1 :]
             first = len(ids) - len(ending) - 1
             sums.append(naive_log_probs(model, [(ids[:i], ids[i]) for i in range(first, len(ids))]).sum())
-        best.append(np.argmax(sums))
-        best_per_character.append(
-            np.argmax([total / len(e) for total, e in zip(sums, question["endings"], strict=True)])
-        )
-    assert len(set(best)) > 1 and best != best_per_character
+        best.append([np.argmax(sums), np.argmax(np.divide(sums, [len(ending) for ending in question["endings"]]))])
+    assert len(set(map(tuple, best))) > 2
     for i in range(4):
         result = hellaswag(model, [question | {"label": i} for question in questions])
-        expected = {
-            "accuracy": np.mean(np.equal(best, i)),
-            "accuracy_per_character": np.mean(np.equal(best_per_character, i)),
-        }
-        assert result == {"questions": len(questions)} | expected
+        accuracy, per_character = np.mean(np.equal(best, i), axis=0)
+        assert result == {"questions": 16, "accuracy": accuracy, "accuracy_per_character": per_character}
 
 
 def test_the_last_word_is_right_where_all_its_tokens_are_the_likeliest(chooser):
@@ -291,36 +250,30 @@ def test_the_last_word_is_right_where_all_its_tokens_are_the_likeliest(chooser):
     assert results[1]["perplexity_per_word"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
 
 
-def write_jsonl(path, *questions):
-    path.write_text("\n\n".join(json.dumps(question) for question in questions) + "\n")
-    return str(path)
-
-
 def test_one_command_does_all_three(folder, tmp_path, capsys):
+    """A line ends where those of JSONL do, not at U+2028 or U+0085, which may stand in a JSON text as they are."""
     (tmp_path / "text.txt").write_text("abc def. " * 9)
-    choices = write_jsonl(tmp_path / "h.jsonl", {"ctx": "ab", "endings": ["c", "de"], "label": "0", "ind": 7})
-    words = write_jsonl(tmp_path / "l.jsonl", {"text": "ab cd.\n"}, {"text": "a b c"})
-    arguments = [str(folder), "--text", str(tmp_path / "text.txt"), "--hellaswag", choices, "--lambada", words]
+    (tmp_path / "h.jsonl").write_text('{"ctx": "ab", "endings": ["c", "de"], "label": "0", "ind": 7}\n\n')
+    (tmp_path / "l.jsonl").write_text('{"text": "ab cd.\\n", "note": "\u2028 \u0085"}\r\n{"text": "a b c"}\n')
+    files = {"text": "text.txt", "hellaswag": "h.jsonl", "lambada": "l.jsonl"}
+    arguments = [str(folder), *(part for name in files for part in (f"--{name}", str(tmp_path / files[name])))]
     main([*arguments, "--json"])
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     results = json.loads(out)
-    assert set(results) == {"model", "text", "hellaswag", "lambada"} and results["model"] == folder.name
+    assert set(results) == {"model", *files} and results["model"] == folder.name
     assert results["hellaswag"]["questions"] == 1 and results["lambada"]["questions"] == 2
     main(arguments)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"model: {folder.name}" and [line for line in lines if line[0] != " "][1:] == [
-        "text:",
-        "hellaswag:",
-        "lambada:",
-    ]
+    assert [line for line in lines if line[0] != " "] == [f"model: {folder.name}", *(f"{name}:" for name in files)]
     assert f"  nats per token: {results['text']['nats_per_token']:.5g}" in lines and "  tokens: 80" in lines
 
 
 def test_numbers_without_end_are_json_too(folder, monkeypatch, tmp_path, capsys):
     """A perplexity beyond float64."""
     monkeypatch.setattr(LanguageModel, "score", lambda self, texts: same_scores(texts, -900.0))
-    main([str(folder), "--lambada", write_jsonl(tmp_path / "l.jsonl", {"text": "a b"}), "--json"])
+    (tmp_path / "l.jsonl").write_text('{"text": "a b"}')
+    main([str(folder), "--lambada", str(tmp_path / "l.jsonl"), "--json"])
     json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
@@ -332,24 +285,18 @@ GOOD = {"hellaswag": '{"ctx": "a", "endings": ["b", "c"], "label": 0}', "lambada
     [
         ("hellaswag", "{"),
         ("hellaswag", "[]"),
-        ("hellaswag", '"text"'),
         ("hellaswag", "null"),
         ("hellaswag", '{"ctx": "a", "endings": ["b"]}'),
-        ("hellaswag", '{"ctx": "a", "label": 0}'),
         ("hellaswag", '{"endings": ["b"], "label": 0}'),
-        ("hellaswag", '{"ctx": "", "endings": ["b"], "label": 0}'),
         ("hellaswag", '{"ctx": 1, "endings": ["b"], "label": 0}'),
-        ("hellaswag", '{"ctx": "a", "endings": [], "label": 0}'),
         ("hellaswag", '{"ctx": "a", "endings": ["b", ""], "label": 0}'),
         ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": 2}'),
         ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": ""}'),
-        ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": null}'),
         ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": -1}'),
         ("hellaswag", '{"ctx": "a", "endings": "bc", "label": 0}'),
         ("lambada", "a b"),
         ("lambada", "[]"),
         ("lambada", '{"texts": "a b"}'),
-        ("lambada", '{"text": "word"}'),
         ("lambada", '{"text": " word "}'),
         ("lambada", '{"text": 7}'),
     ],
@@ -357,57 +304,35 @@ GOOD = {"hellaswag": '{"ctx": "a", "endings": ["b", "c"], "label": 0}', "lambada
 def test_a_line_that_is_no_question_is_named(folder, tmp_path, task, line):
     path = tmp_path / "questions.jsonl"
     path.write_text(f"{GOOD[task]}\n\n{line}\n{GOOD[task]}\n")
-    with pytest.raises(UserError, match=rf"questions\.jsonl, line 3, is not a question of {task}"):
+    with pytest.raises(UserError, match=rf"questions\.jsonl, line 3, .* {task}"):
         main([str(folder), f"--{task}", str(path)])
 
 
-def test_a_line_ends_where_json_lines_do(folder, tmp_path, capsys):
-    """Not at U+2028 or U+0085, which may stand in a JSON text as they are."""
-    path = tmp_path / "questions.jsonl"
-    path.write_text('{"text": "a b", "note": "one\u2028two\u0085three"}\r\n')
-    main([str(folder), "--lambada", str(path), "--json"])
-    assert json.loads(capsys.readouterr().out)["lambada"]["questions"] == 1
-
-
-def broken(folder, tmp_path):
-    """Command lines, and what the message must name."""
-    text, long = tmp_path / "text.txt", "abcdefg" * 3
-    text.write_text("abc")
-    (tmp_path / "short.txt").write_text("a")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "empty.bin").write_bytes(b"")
+def test_a_mistake_is_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"text.txt": "abc", "short.txt": "a", "unknown.txt": "abZ", "empty.bin": "", "empty.jsonl": "\n"}
+    files["long.jsonl"] = json.dumps({"ctx": "a", "endings": ["abcdefg" * 3], "label": 0})
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin1"))
-    (tmp_path / "unknown.txt").write_text("abZ")
-    (tmp_path / "empty.jsonl").write_text("\n")
     write_tokens(tmp_path / "other.bin", [np.array([1, len(ALPHABET), 2])], np.dtype("<u2"))
-    too_long = write_jsonl(tmp_path / "long.jsonl", {"ctx": "a", "endings": [long], "label": 0})
-    return {
-        (): "nothing to evaluate",
-        ("--text", "nowhere.txt"): "text=nowhere.txt: there is no such file",
-        ("--hellaswag", "nowhere.jsonl"): "hellaswag=nowhere.jsonl",
-        ("--text", tmp_path): "there is no such file",
-        ("--text", tmp_path / "short.txt"): "short.txt is too short",
-        ("--text", tmp_path / "empty.txt"): "empty.txt is too short",
-        ("--text", tmp_path / "empty.bin"): "empty.bin is too short",
-        ("--text", tmp_path / "latin.txt"): "latin.txt is not UTF-8",
-        ("--text", tmp_path / "unknown.txt"): "no character 'Z'",
-        ("--text", tmp_path / "other.bin"): f"other.bin has token {len(ALPHABET)}; the model has {len(ALPHABET)}",
-        ("--lambada", tmp_path / "empty.jsonl"): "empty.jsonl has no questions",
-        ("--hellaswag", too_long): "has 22 tokens, and",
-        ("--text", text, "--block_size", 0): "block_size=0 is not positive",
-        ("--text", text, "--stride", 0): "stride=0 is not in",
-        ("--text", text, "--block_size", 8, "--stride", 9): "stride=9 is not in [1, block_size=8]",
-        ("--text", text, "--strid", 9): "did you mean --stride?",
-    }
-
-
-def test_a_mistake_is_one_line(folder, tmp_path):
-    for arguments, words in broken(folder, tmp_path).items():
+    for arguments, words in {
+        "": "nothing to evaluate",
+        "--text nowhere.txt": "text=nowhere.txt: there is no such file",
+        "--text .": "there is no such file",
+        "--text short.txt": "short.txt is too short",
+        "--text empty.bin": "empty.bin is too short",
+        "--text latin.txt": "latin.txt is not UTF-8",
+        "--text unknown.txt": "no character 'Z'",
+        "--text other.bin": f"other.bin has token {len(ALPHABET)}; the model has {len(ALPHABET)}",
+        "--lambada empty.jsonl": "empty.jsonl has no questions",
+        "--hellaswag long.jsonl": "has 22 tokens, and",
+        "--text text.txt --block_size 0": "block_size=0 is not positive",
+        "--text text.txt --block_size 8 --stride 9": "stride=9 is not in [1, block_size=8]",
+        "--text text.txt --strid 9": "did you mean --stride?",
+    }.items():
         with pytest.raises(UserError) as raised:
-            main([str(folder), *map(str, arguments)])
+            main([str(folder), *arguments.split()])
         assert words in str(raised.value) and "\n" not in str(raised.value), arguments
-
-
-def test_a_model_must_be_named():
     with pytest.raises(UserError, match="MODEL"):
-        main(["--text", __file__])
+        main(["--text", "text.txt"])

@@ -38,7 +38,7 @@ class PrefixCache:
             return init_cache(config, params, len(rows), size), 0
         n = min(len(self.tokens), len(rows[0]) - 1)  # the last token is read again, for its logits
         n_shared = int(np.argmin(np.append(self.tokens[:n] == rows[0][:n], False)))
-        return widen(cache, max(size, length_of(cache))), n_shared
+        return widen(cache, size), n_shared
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")

@@ -71,10 +71,7 @@ class LanguageModel:
 
         A run's weights are float32, all others have the `dtype` of activations. "auto" is float32 on a CPU, where it
         is faster than bfloat16 for a single token, and elsewhere a run's own dtype or bfloat16. "int8" is "auto" with
-        weights rounded to int8.
-
-        Raises:
-            UserError: there is no such model, or it is damaged.
+        weights rounded to int8. Raises `UserError` if there is no such model, or if it is damaged.
         """
         path = locate(name)
         folder = path if path.is_dir() else path.parent
@@ -109,8 +106,7 @@ class LanguageModel:
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> TokenIds:
         """The ids of a conversation of {"role": ..., "content": ...}, up to where the assistant's answer begins.
 
-        Raises:
-            UserError: the model has no chat template, or the template fails.
+        Raises `UserError` if the model has no chat template, or if the template fails.
         """
         if self.template is None:
             raise UserError(f"{self.name} is not a chat model: it has no chat template; pass --prompt, not --chat")
@@ -120,10 +116,7 @@ class LanguageModel:
         return self.tokenizer.encode(text, special=True)
 
     def start(self) -> TokenIds:
-        """The ids before the first token of a text.
-
-        The tokenizer's own prefix, else the token that begins or ends a text, else a new line.
-        """
+        """The ids before a text: the tokenizer's own, else the token that begins or ends a text, else a new line."""
         if len(self.tokenizer.begin):
             return self.tokenizer.begin
         ids = [self.tokenizer.token_id(self.special_tokens.get(name, "")) for name in ("bos_token", "eos_token")]
@@ -143,10 +136,7 @@ class LanguageModel:
         """Yield the answers, one for each prompt, again and again as they grow.
 
         Text that may yet turn out to be the beginning of a stop string is held back. A draft model speculates for a
-        single prompt and does not use the prefix cache.
-
-        Raises:
-            UserError: the draft has other tokens.
+        single prompt and does not use the prefix cache. Raises `UserError` if it has other tokens.
         """
         rows = [AnswerBuilder(TextStream(self.tokenizer, prompt[-16:]), self.stop_tokens, stop) for prompt in prompts]
         if draft is None:
@@ -174,10 +164,9 @@ class LanguageModel:
         self, texts: Sequence[tuple[TokenIds, TokenIds]]
     ) -> list[tuple[Float[np.ndarray, " T"], Bool[np.ndarray, " T"]]]:
         """For each (context, continuation), of the continuation's tokens: their log-probabilities (nats), and whether
-        each is the likeliest token. Only a text's last block_size + 1 tokens are read.
+        each is the likeliest token.
 
-        Raises:
-            UserError: a continuation leaves no room for a token of its context.
+        Only a text's last block_size + 1 tokens are read. Raises `UserError` if none of them is of the context.
         """
         block_size, scored = self.config.block_size, list[Any]([None] * len(texts))
         order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))

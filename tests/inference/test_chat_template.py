@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,32 +60,25 @@ BRACKETS = """\
     {% endif %}
 {% endfor %}"""
 
-SMALL = """\
-{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
-{{ '<|im_start|>system\nYou are small.<|im_end|>\n' }}{% endif %}\
-{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}\
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
-"""
-
-FEATURES = {
-    "tojson": "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ {'b': '<é>', 'a': 1} | tojson(true) }}",
-    "tojson options": "{{ {'b': 'é', 'a': [1]} | tojson(false, none, (',', ':'), true) }}",
-    "loop controls": "{% for i in range(9) %}{% if i % 2 %}{% continue %}{% endif %}{{ i }}"
-    "{% if i > 5 %}{% break %}{% endif %}{% endfor %}",
-    "strftime_now": "{{ strftime_now('%d %b %Y, %A') }}",
-    "generation": "{% set x = 1 %}{% for m in messages %}\n  {% generation %}\n {{- loop.index }} {{ m.content }}\n"
+FEATURES = [
+    "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ {'b': '<é>', 'a': 1} | tojson(true) }}",
+    "{{ {'b': 'é', 'a': [1]} | tojson(false, none, (',', ':'), true) }}",
+    "{% for i in range(9) %}{% if i % 2 %}{% continue %}{% endif %}{{ i }}{% if i > 5 %}{% break %}{% endif %}"
+    "{% endfor %}",
+    "{{ strftime_now('%d %b %Y, %A') }}",
+    "{% set x = 1 %}{% for m in messages %}\n  {% generation %}\n {{- loop.index }} {{ m.content }}\n"
     "{% set x = x + 1 %}{{ x }}{%- endgeneration %}\n{{ x }}{% endfor %}",
-    "no tools": "{{ tools is none }} {{ documents is none }} {{ tools }} {{ add_generation_prompt }}",
-    "undefined": "{{ pad_token }}|{{ messages[0].thought }}|{{ pad_token is defined }}|{{ messages[9] }}",
-    "namespace": "{% set ns = namespace(n=0, self='s') %}{% for m in messages %}"
-    "{% set ns.n = ns.n + m.content | length %}{% endfor %}{{ ns.n }} {{ ns.self }} {{ dict(a=1, **{'b': 2}) }} "
-    "{{ dict.fromkeys('ab', 0) }} {{ dict.update is defined }}",
-    "filters": "{{ messages | map(attribute='content') | join('/') | indent | wordwrap(3) | pprint }}"
+    "{{ tools is none }} {{ documents is none }} {{ tools }} {{ add_generation_prompt }}",
+    "{{ pad_token }}|{{ messages[0].thought }}|{{ pad_token is defined }}|{{ messages[9] }}",
+    "{% set ns = namespace(n=0, self='s') %}{% for m in messages %}{% set ns.n = ns.n + m.content | length %}"
+    "{% endfor %}{{ ns.n }} {{ ns.self }} {{ dict(a=1, **{'b': 2}) }} {{ dict.fromkeys('ab', 0) }} "
+    "{{ dict.update is defined }}",
+    "{{ messages | map(attribute='content') | join('/') | indent | wordwrap(3) | pprint }}"
     "{{ '<&>' | e }}{{ lipsum() | length > 9 }}{{ messages | selectattr('role', 'equalto', 'user') | list | count }}",
-    "white space": "\n  {% if true %}  \n\n\ta {#- b -#} c\n  {% endif %}\n{{ bos_token }}\n \n",
-    "macro": "{% macro turn(m, end='.') -%} {{ m.role }}: {{ m.content }}{{ end }} {%- endmacro %}\n"
+    "\n  {% if true %}  \n\n\ta {#- b -#} c\n  {% endif %}\n{{ bos_token }}\n \n",
+    "{% macro turn(m, end='.') -%} {{ m.role }}: {{ m.content }}{{ end }} {%- endmacro %}\n"
     "{% for m in messages %}{{ turn(m) }}{{ turn(m, end=eos_token) }}{% endfor %}",
-}
+]
 
 TALK = [
     ("user", "Who goes\nthere? "),
@@ -94,7 +88,7 @@ TALK = [
 
 
 def conversations():
-    for turns, system in itertools.product((1, 2, 3), ("", " Speak {verse}; it's \\n \u2028 night.\n")):
+    for turns, system in ((1, ""), (3, ""), (3, " Speak {verse}; it's \\n \u2028 night.\n")):
         yield [{"role": role, "content": text} for role, text in [("system", system)][: bool(system)] + TALK[:turns]]
 
 
@@ -105,12 +99,9 @@ def reference():
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word": 0}, "word"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=library, **VARIABLES)
 
-    def apply(template, messages, add_generation_prompt):
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-
-    return apply
+    return lambda template, messages: tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
 
 
 def failure(template, messages=({"role": "user", "content": "Hi"},), timeout=60.0):
@@ -123,86 +114,63 @@ def failure(template, messages=({"role": "user", "content": "Hi"},), timeout=60.
     return message
 
 
-@pytest.mark.parametrize("template", [CHATML, HEADERS, BRACKETS, SMALL], ids=["chatml", "headers", "brackets", "small"])
-def test_conversations_are_those_of_transformers(template, reference):
-    for messages, prompt in itertools.product(conversations(), (True,)):
-        text = render(template, messages, VARIABLES)
-        assert text == reference(template, messages, prompt)
+def test_conversations_are_those_of_transformers(reference):
+    for template, messages in itertools.product((CHATML, HEADERS, BRACKETS), conversations()):
+        assert render(template, messages, VARIABLES) == reference(template, messages)
 
 
-@pytest.mark.parametrize("name", FEATURES)
-def test_what_templates_use_is_that_of_transformers(name, reference):
-    messages = list(conversations())[-1]
-    text = render(FEATURES[name], messages, VARIABLES)
-    assert text == reference(FEATURES[name], messages, True)
+def test_what_templates_use_is_that_of_transformers(reference):
+    messages, template = list(conversations())[-1], "\n#\n".join(FEATURES)
+    assert render(template, messages, VARIABLES).split("\n#\n") == reference(template, messages).split("\n#\n")
 
 
 def test_a_lone_surrogate_comes_back():
-    messages = [{"role": "user", "content": "\ud800"}]
-    assert render("{{ messages[0].content }}", messages, {}) == "\ud800"
+    assert render("{{ messages[0].content }}", [{"role": "user", "content": "\ud800"}], {}) == "\ud800"
 
 
 def test_what_transformers_rejects_is_an_error_with_the_reason(reference):
     again = [{"role": "user", "content": "Hi"}] * 2
     for template, messages in ((BRACKETS, again), (CHATML, [{"role": "ghost", "content": "Hi"}])):
         with pytest.raises(Exception) as caught:  # jinja2's
-            reference(template, messages, True)
+            reference(template, messages)
         assert str(caught.value).rstrip(".") in failure(template, messages)
-    assert failure(BRACKETS, again).startswith("the chat template rejects these messages: Roles must alternate")
 
 
 @pytest.mark.parametrize(
     "template, part",
     [
         ("one\n{% two %}", "has a mistake in line 2: Encountered unknown tag 'two'"),
-        ("one\n{{ two", "has a mistake in line 2: unexpected end of template"),
         ("one\n\n{{ two.three }}", "fails in line 3: 'two' is undefined"),
-        ("{{ messages[0].tool.name }}", "fails in line 1: 'dict object' has no attribute 'tool'"),
         ("{{ 1 + 'a' }}", "fails in line 1: TypeError: unsupported operand"),
         ("{{ raise_exception('a\\n\\x1b[31mred\\u202e' ~ 'b' * 9999) }}", "rejects these messages: a [31mred bbb"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "RecursionError"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ 'a' * 16777217 }}", "writes more than 16,777,216 characters"),
     ],
 )
 def test_a_template_with_a_mistake_says_where(template, part):
     assert part in failure(template)
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) %}{% set x = 'a' * 99999999 %}{% endfor %}",
-        "{{ 9 ** (9 ** 9) }}",
-    ],
-)
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+GROWING = "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}"
+
+
+@pytest.mark.parametrize("template", [ENDLESS, "{{ 9 ** (9 ** 9) }}"])
 def test_an_endless_template_is_stopped(template):
     assert "took longer than 0.5 s" in failure(template, timeout=0.5)
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ 'a' * 10 ** 10 }}",
-        "{{ 'a'.center(10 ** 10) }}",
-        "{{ '%10000000000d' % 1 }}",
-        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
-        "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
-    ],
-)
+@pytest.mark.parametrize("template", ["{{ 'a' * 10 ** 10 }}", GROWING])
 def test_a_template_that_takes_memory_is_stopped(template):
     pytest.importorskip("resource")
     assert "needs more than 1 GiB of memory" in failure(template)
 
 
-def test_a_conversation_has_a_longest_length():
-    assert "writes more than 16,777,216 characters" in failure("{{ 'a' * 16777217 }}")
-
-
 ESCAPES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ cycler.__init__.__globals__.os.popen('touch X').read() }}",
-    "{{ namespace.__init__.__globals__.sys.modules.os.system('touch X') }}",
     "{{ raise_exception.__globals__['__builtins__'].open('X', 'w') }}",
     "{{ ('{0.__class__}' | attr('format'))(1).x }}{{ '{0.__class__.__mro__}'.format(1).x }}",
     "{% set n = namespace(__html__=1) %}",
@@ -215,11 +183,6 @@ def test_the_sandbox_holds(template, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "is not allowed in line 1 to do this" in failure(template)
     assert not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize("tag", ["include", "import", "extends"])
-def test_no_file_is_a_template(tag):
-    assert "no loader" in failure("{% " + tag + " '/etc/passwd'" + (" as x" if tag == "import" else "") + " %}")
 
 
 def serve(template, folder, before="pass", timeout=10.0):
@@ -237,17 +200,10 @@ def serve(template, folder, before="pass", timeout=10.0):
     )
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        "__import__('os').popen('touch X').read()",
-        "__import__('os').remove('kept')",
-        "__import__('os').rename('kept', 'X')",
-        "__import__('os').kill(0, 9)",
-        "__import__('ctypes')",
-        "open('kept').read()",
-    ],
-)
+WAYS = ["__import__('os').popen('touch X')", "__import__('os').kill(0, 9)", "__import__('ctypes')", "open('kept')"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_hole_in_the_sandbox_leads_to_a_second_wall(way, tmp_path):
     (tmp_path / "kept").touch()
     hole = "import jinja2; chat.ImmutableSandboxedEnvironment = jinja2.Environment"
@@ -255,10 +211,6 @@ def test_a_hole_in_the_sandbox_leads_to_a_second_wall(way, tmp_path):
     error = json.loads(child.stdout)["error"]
     assert re.match(r"is not allowed in line 1 to do this: (open|import|os\.|subprocess)", error)
     assert os.listdir(tmp_path) == ["kept"]
-
-
-def test_a_long_reason_is_cut_before_the_parent_reads_it(tmp_path):
-    assert 300 < len(serve("{{ raise_exception('a' * 10 ** 7) }}", tmp_path).stdout) < 2000
 
 
 def test_a_child_without_a_parent_ends(tmp_path):
@@ -278,24 +230,16 @@ def test_no_module_of_the_users_folder_runs(tmp_path, monkeypatch):
 
 
 def test_a_child_that_dies_is_an_error(monkeypatch):
-    monkeypatch.setattr("gptjax.inference.chat_template._CHILD", "raise SystemError('no\\nreason')")
-    assert "stopped with exit code 1: reason" in failure("")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert "stopped with exit code 1" in failure("")
 
 
 def test_the_templates_file_wins_over_the_config(tmp_path):
-    config = tmp_path / "tokenizer_config.json"
     assert find_template(tmp_path) is None
-    config.write_text("{}")
-    assert find_template(tmp_path) is None
-    config.write_text(json.dumps({"chat_template": "中"}))
-    assert find_template(tmp_path) == "中"
     several = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
-    config.write_text(json.dumps({"chat_template": several}))
-    assert find_template(tmp_path) == "b"
-    config.write_text(json.dumps({"chat_template": several[:1]}))
-    assert find_template(tmp_path) is None
-    config.write_text(json.dumps({"chat_template": 3}))
-    assert find_template(tmp_path) is None
+    for value, template in ((None, None), ("中", "中"), (several, "b"), (several[:1], None), (3, None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+        assert find_template(tmp_path) == template
     (tmp_path / "chat_template.jinja").write_text("é\n", encoding="utf-8")
     assert find_template(tmp_path) == "é\n"
 
@@ -309,13 +253,12 @@ def test_special_tokens_come_from_either_file(tmp_path):
     assert special_tokens(tmp_path) == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"[" * 99999], ids=["cut", "not text", "a list", "deep"])
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]"])
 def test_a_broken_file_is_named(content, tmp_path):
-    path = tmp_path / "tokenizer_config.json"
-    path.write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
     for read in (find_template, special_tokens):
-        with pytest.raises(UserError, match=re.escape(str(path))):
+        with pytest.raises(UserError, match="tokenizer_config.json"):
             read(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"chat_template\.jinja is not UTF-8 at byte 0"):
+    with pytest.raises(UserError, match="chat_template.jinja is not UTF-8"):
         find_template(tmp_path)
