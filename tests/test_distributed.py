@@ -143,15 +143,6 @@ def test_a_config_trains_alike_with_any_number_of_processes_and_devices(folder, 
 
 
 @pytest.mark.slow
-def test_one_process_continues_a_run_of_two(folder):
-    more = ["--train.max_steps", "40", "--optimizer.decay_steps", "20"]
-    train(folder, 2, "first")
-    whole, parts = train(folder, 1, "whole", *more), train(folder, 1, "first", *more, "--resume")
-    np.testing.assert_allclose(parts[-1], whole[-1], rtol=1e-5)
-    np.testing.assert_allclose(parts[:40], whole[:40], rtol=1e-5)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("asked", [[0, 1], [1]])
 def test_all_processes_stop_after_the_same_step_and_resume_bit_for_bit(folder, asked, state_of):
     options = "--train.max_steps 120 --train.save_interval 50 --model.dropout 0.1 --mesh.fsdp 2".split()
