@@ -37,6 +37,7 @@ class Progress:
     seconds: float = 0.0
     best_step: int = 0
     best_val_loss: float = math.inf
+    evaluated_step: int | None = None  # the last one; None in checkpoints of version 0.1
 
 
 class Run(NamedTuple):
@@ -98,7 +99,7 @@ def train(
         stop = stack.enter_context(StopSignal(mesh))
         state, progress = _resume(run) if resume else (_start(run, weights), Progress(dataset.fingerprint()))
         weights = None  # frees the parameters that it may hold
-        if int(state.step) >= config.train.max_steps:
+        if int(state.step) >= config.train.max_steps and (run_dir / "report.md").exists():
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
             return 0
         return _train_and_report(run, state, progress, peak, stop, sample)
@@ -187,9 +188,12 @@ def _train_and_report(
 
 def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, stop: StopSignal) -> int:
     """Train from `state` to the last step, or until the run is stopped or its patience ends; return the step."""
-    options, step, finished = run.config.train, int(state.step), False
-    if step == 0:
-        _evaluate(run, state, progress, metrics)
+    options, step = run.config.train, int(state.step)
+    finished = step >= options.max_steps
+    if step == 0 or (
+        progress.evaluated_step is not None and progress.evaluated_step < step and options.evaluates(step)
+    ):
+        finished |= _evaluate(run, state, progress, metrics, stop)  # of a run that was stopped while it evaluated
     with closing(batches.prefetch(_batch_maker(run), range(step, options.max_steps))) as stream:
         while not (finished or stop.agree()):
             windows = next(stream)
@@ -199,7 +203,7 @@ def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, sto
             metrics.add(step, step_metrics)
             finished = step == options.max_steps
             if options.evaluates(step):
-                finished |= _evaluate(run, state, progress, metrics)
+                finished |= _evaluate(run, state, progress, metrics, stop)
             if step % options.save_interval == 0:
                 _save(run, state, progress, metrics)
     metrics.flush(last=True)
@@ -210,14 +214,20 @@ def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, sto
     return step
 
 
-def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> bool:
-    """Validate, save the best parameters so far and redraw loss.png; return whether the run's patience has ended."""
+def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics, stop: StopSignal) -> bool:
+    """Validate, save the best parameters so far and redraw loss.png; return whether the run's patience has ended.
+
+    A run that is asked to stop while it evaluates saves at once, and evaluates this step when it resumes.
+    """
     metrics.flush()
     with metrics.pause("evaluating"):
         step, options = metrics.step, run.config.train
         random_weights = step == 0 and run.config.init_from is None
         few = min(FIRST_BATCHES, options.eval_batches or FIRST_BATCHES)
-        val_loss = validation_loss(run, state.params, few if random_weights else None)
+        val_loss = validation_loss(run, state.params, few if random_weights else None, stop)
+    if val_loss is None:
+        return True
+    progress.evaluated_step = step
     metrics.row(val_loss)
     with metrics.pause("drawing"):
         better = val_loss < progress.best_val_loss
@@ -237,10 +247,12 @@ def _save(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> 
         run.latest.save(metrics.step, asdict(progress), params=state.params, opt_state=state.opt_state)
 
 
-def validation_loss(run: Run, params: Any, n_batches: int | None = None) -> float:
+def validation_loss(
+    run: Run, params: Any, n_batches: int | None = None, stop: StopSignal | None = None
+) -> float | None:
     """The mean nats per token of `n_batches` batches spread evenly over the validation split, by default eval_batches.
 
-    With 0 the split is evaluated whole, each token once.
+    With 0 the split is evaluated whole, each token once. None if `stop` was asked for between two batches.
     """
     tokens, options, block_size = run.dataset.val, run.config.train, run.config.model.block_size
     rows, n_batches = options.batch_size // options.accumulate, options.eval_batches if n_batches is None else n_batches
@@ -252,7 +264,12 @@ def validation_loss(run: Run, params: Any, n_batches: int | None = None) -> floa
     def put(i: int) -> jax.Array:
         return _put_windows(run, tokens, starts[None, i * rows : (i + 1) * rows])
 
-    sums = [run.steps.evaluate(params, windows) for windows in batches.prefetch(put, range(len(starts) // rows))]
+    sums = []
+    with closing(batches.prefetch(put, range(len(starts) // rows))) as stream:
+        for windows in stream:
+            sums.append(run.steps.evaluate(params, windows))
+            if stop and stop.agree():
+                return None
     nats, n_targets = np.array(jax.device_get(sums), np.float64).sum(axis=0)
     return float(nats / n_targets)
 
@@ -337,7 +354,15 @@ def _report(run: Run, mfu_per_token_rate: float, sample: Callable[[Path], str] |
         characters_per_token=len(tokenizer.decode(some)) / len(some),
         mfu=None if math.isnan(mfu) else mfu,
         peak_memory=report.peak_memory_bytes(run.mesh.local_devices),
-        sample=sample(run.folder) if sample and fits else None,
+        sample=_sampled(run, sample) if sample and fits else None,
     )
     write_atomically(run.folder / "report.md", text)
     print(f"\n{text}\ncurves: {run.folder / 'loss.png'}\nsample: python sample.py --run {run.folder}")
+
+
+def _sampled(run: Run, sample: Callable[[Path], str]) -> str | None:
+    try:
+        return sample(run.folder)
+    except UserError as error:  # a damaged checkpoint costs the report its sample alone
+        print(f"note: no sample in the report: {error}")
+        return None
