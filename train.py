@@ -1,5 +1,12 @@
 """Train a GPT. What a config file sets can be set here too, and wins. Ctrl-C saves and stops; --resume goes on."""
 
+import os
+import signal
+
+os.environ.pop("MPLBACKEND", None)  # a notebook's, with which matplotlib may not even be imported
+if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
+
 import re
 import sys
 from collections.abc import Sequence
@@ -9,7 +16,7 @@ from pathlib import Path
 from gptjax import distributed
 from gptjax.cli import Parser, load_config_file
 from gptjax.config import Config, Section, option
-from gptjax.errors import UserError, one_line_errors
+from gptjax.errors import LenientOutput, UserError, one_line_errors
 from gptjax.host import use_cores
 from gptjax.hub.init_from import open_pretrained, resumed
 from gptjax.inference.language_model import LanguageModel
@@ -100,4 +107,5 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     with one_line_errors():
+        sys.stdout = LenientOutput(sys.stdout)
         sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from gptjax.errors import UserError, first_line
-from gptjax.files import read_json
+from gptjax.files import read_json, write_atomically
 
 CHECKSUMS = "sha256.json"  # the SHA-256 of each file of a checkpoint, since Orbax does not detect every corruption
 SPARE_BYTES = 1 << 20  # for a checkpoint's own description, and for the metrics
@@ -36,6 +36,7 @@ class Checkpoints:
         together = processes(barrier_sync_key_prefix=folder.name)  # or the barriers of two folders would be one
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1,
+            cleanup_tmp_directories=not read_only,  # of a save that was killed
             read_only=read_only,
             create=not read_only,
             multiprocessing_options=alone if read_only else together,
@@ -127,7 +128,7 @@ class Checkpoints:
                 if folder.is_dir() and not (folder / CHECKSUMS).exists():
                     files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
                     sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
-                    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+                    write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1))
 
     def _verify_checksums(self, step: int) -> None:
         """Verify all files; processes that read together each verify a part, since an error in one ends all."""

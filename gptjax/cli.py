@@ -24,7 +24,7 @@ def load_config_file(path: Path) -> Config:
         raise UserError(f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
         config = runpy.run_path(str(path)).get("config")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         place = f"{path}, line {lines[-1]}" if lines else str(path)
         raise UserError(f"{place}: {_explain(error)}") from error
@@ -33,7 +33,7 @@ def load_config_file(path: Path) -> Config:
     return config
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if not unknown:
         return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -134,7 +134,7 @@ def require_shared(folder: Path) -> None:
 
 
 class StopSignal:
-    """A context in which the first SIGINT or SIGTERM only asks the run to stop; the second one acts as usual.
+    """A context in which the first SIGINT, SIGTERM or SIGHUP only asks the run to stop; the second one acts as usual.
 
     Several processes all stop after the same step, even if only one of them received the signal.
     """
@@ -160,14 +160,19 @@ class StopSignal:
         return self.agreed
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup ignores SIGHUP
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def _note(self, signum: int, frame: Any) -> None:
         self._asked = signum
         self.__exit__()
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the reader of our output
-            os.write(1, b"\nsaving and stopping after this step; a second signal stops at once, without saving\n")
+            os.write(
+                sys.stdout.fileno(),
+                b"\nsaving and stopping after this step; a second signal stops at once, without saving\n",
+            )
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():

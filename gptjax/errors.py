@@ -2,9 +2,12 @@
 
 import contextlib
 import errno
+import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
+from typing import Any, TextIO
 
 
 class UserError(Exception):
@@ -13,19 +16,60 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Exit with one line on stderr where the block raises an error that `exit_code_and_message` knows."""
+    """Exit with one line on stderr where the block raises an error that `exit_code_and_message` knows.
+
+    A stream that was closed before the process began, whose number a data file could take, is /dev/null in the block;
+    a character that the terminal's encoding lacks is written as an escape.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as train.py has it while it imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
+        sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports the error again at exit
+        discard(sys.stdout)
         sys.exit(141)
     except BaseException as error:
         known = exit_code_and_message(error)
         if known is None:
             raise
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         print("error: " + " ".join(known[1].split()), file=sys.stderr)
         sys.exit(known[0])
+
+
+def discard(stream: TextIO) -> None:
+    """Send a stream that can't be written any more to /dev/null, also what Python flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class LenientOutput:
+    """A stream that discards all output once a write fails: the run matters more than its terminal, pipe or log."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            discard(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            discard(self._stream)
 
 
 def exit_code_and_message(error: BaseException) -> tuple[int, str] | None:

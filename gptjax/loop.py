@@ -18,7 +18,7 @@ from gptjax.data import batches
 from gptjax.data.prepare import Dataset, load_dataset
 from gptjax.data.token_files import Tokens
 from gptjax.distributed import StopSignal
-from gptjax.errors import UserError
+from gptjax.errors import UserError, first_line
 from gptjax.files import write_atomically
 from gptjax.metrics import Metrics
 from gptjax.resolve import resolve
@@ -236,7 +236,10 @@ def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics,
             run.best.save(step, asdict(progress), params=state.params)
         metrics.print(f"step {step:,}: validation loss {val_loss:.4f}" + (", the best so far" if better else ""))
         if distributed.is_first() and step:
-            report.plot_losses(run.folder / "metrics.csv", run.folder / "loss.png", title=run.folder.name)
+            try:
+                report.plot_losses(run.folder / "metrics.csv", run.folder / "loss.png", title=run.folder.name)
+            except Exception as error:  # no picture is worth the run
+                metrics.print(f"note: loss.png was not drawn: {first_line(error)}")
     return bool(options.patience) and step - progress.best_step >= options.patience * options.eval_interval
 
 
@@ -344,8 +347,13 @@ def _introduce(run: Run, step: int, step_flops: int, peak: float) -> None:
 def _report(run: Run, mfu_per_token_rate: float, sample: Callable[[Path], str] | None) -> None:
     """Print the report, with a sample where one device holds the parameters with room to spare, and write report.md."""
     some, tokenizer = run.dataset.val.window(0, 100_000), run.dataset.tokenizer
-    metrics = report.read_metrics(run.folder / "metrics.csv")
-    mfu = float(np.nanmedian(metrics["tokens_per_second"])) * mfu_per_token_rate
+    try:
+        metrics = report.read_metrics(run.folder / "metrics.csv")
+        rate = float(np.nanmedian(metrics["tokens_per_second"]))
+    except (OSError, KeyError) as error:
+        print(f"note: no report, as metrics.csv cannot be read: {error}")
+        return
+    mfu = rate * mfu_per_token_rate
     n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.steps.state.params))
     fits = n_bytes <= memory(run.mesh.local_devices[0]) / 2
     text = report.run_report(

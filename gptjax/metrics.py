@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -44,13 +43,12 @@ class Metrics:
         self._began, self._row_began = time.perf_counter() - seconds, time.perf_counter()
         self._row_step, self._paused = start, 0.0
         self._csv = _open_csv(run_dir / "metrics.csv", start) if distributed.is_first() else None
-        self._tensorboard = _import_summary_writer()(
-            str(run_dir / "tensorboard"),
-            purge_step=start + 1 if start else None,
-            write_to_disk=distributed.is_first(),
-        )
         self._display = _Display(config.train.max_steps, start)
         self.print = self._display.print
+        self._tensorboard: Any = None
+        with self._logging("tensorboard"):
+            if distributed.is_first():
+                self._tensorboard = _Events(run_dir / "tensorboard", start)
 
     @property
     def seconds(self) -> float:
@@ -99,13 +97,25 @@ class Metrics:
             "grad_norm": self._last.get("grad_norm"),
             "tokens_per_second": rate and round(rate, 1),
         }
-        if self._csv:
-            csv.DictWriter(self._csv, COLUMNS, lineterminator="\n").writerow(values)
-        for name in COLUMNS[3:]:
-            if values[name] is not None:
-                self._tensorboard.add_scalar(name, values[name], self.step)
+        with self._logging("csv"):
+            if self._csv:
+                csv.DictWriter(self._csv, COLUMNS, lineterminator="\n").writerow(values)
+        with self._logging("tensorboard"):
+            if self._tensorboard:
+                self._tensorboard.write(
+                    self.step, {name: values[name] for name in COLUMNS[3:] if values[name] is not None}
+                )
         self._display.show(self.step, values, math.nan if rate is None else rate * self._mfu_per_token_rate)
         self._losses, self._row_began, self._row_step, self._paused = [], time.perf_counter(), self.step, 0.0
+
+    @contextlib.contextmanager
+    def _logging(self, log: str) -> Iterator[None]:
+        """A block that writes a log: if it fails, as on a full disk, the run continues without that log."""
+        try:
+            yield
+        except OSError as error:
+            setattr(self, f"_{log}", None)
+            self.print(f"note: {log} log stopped at step {self.step:,}: {error.strerror or error}; the run continues")
 
     @contextlib.contextmanager
     def pause(self, doing: str) -> Iterator[None]:
@@ -121,33 +131,52 @@ class Metrics:
 
     def __exit__(self, *exception: object) -> None:
         self._display.bar.stop()
-        if self._csv:
-            self._csv.close()
-        self._tensorboard.close()
+        for log, file in (("csv", self._csv), ("tensorboard", self._tensorboard)):
+            with self._logging(log):
+                if file:
+                    file.close()
 
 
 def _open_csv(path: Path, start: int) -> TextIO:
     """metrics.csv, open for more rows, without those after `start`, the step from which a run resumes."""
     kept = []
-    for line in path.read_text().splitlines() if start and path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if start and path.exists() else []:
         step = line.partition(",")[0]
-        if step.isdecimal() and int(step) <= start:
+        if line.count(",") == len(COLUMNS) - 1 and step.isdecimal() and len(step) < 16 and int(step) <= start:
             kept.append(line)
     write_atomically(path, "\n".join([",".join(COLUMNS), *kept]) + "\n")
     return path.open("a", newline="", buffering=1)  # a row is in the file as soon as it is written
 
 
-def _import_summary_writer() -> Any:
-    """tensorboardX's SummaryWriter, imported without PyTorch, which it does not need but takes seconds to import."""
-    hide = "torch" not in sys.modules
-    if hide:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
+class _Events:
+    """TensorBoard's event file, written at once: a writing thread that dies on a full disk would block the run."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        hide = "torch" not in sys.modules  # which tensorboardX would import, for seconds, without need
         if hide:
-            del sys.modules["torch"]
-    return SummaryWriter
+            sys.modules["torch"] = None  # type: ignore[assignment]
+        try:
+            from tensorboardX import event_file_writer, proto, summary
+        finally:
+            if hide:
+                del sys.modules["torch"]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+        self._event, self._scalar = proto.event_pb2.Event, summary.scalar
+        if start:  # TensorBoard drops what the run before wrote after this step
+            session = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
+            self._write(start + 1, session_log=session)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._write(step, summary=self._scalar(name, value))
+        self._writer.flush()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class _Display:
@@ -183,10 +212,7 @@ class _Display:
     def print(self, text: str) -> None:
         """Print a line above the progress bar."""
         self._printed = time.perf_counter()
-        try:
-            if self._console.is_terminal:
-                self._console.print(text, highlight=False, markup=False)
-            else:
-                print(text, flush=True)
-        except BrokenPipeError:  # the terminal is gone, or Ctrl-C also stopped `| tee`; the run can still be saved
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if self._console.is_terminal:
+            self._console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)

@@ -1,5 +1,6 @@
 """The report of a run: the plot of its losses and a summary in Markdown."""
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -24,13 +25,16 @@ TRAIN, VAL, INK, GRID = "#3b6fb6", "#d1495b", "#3a3a3a", "#e6e6e6"
 def read_metrics(path: str | Path) -> Columns:
     """The columns of a run's metrics.csv as float64 arrays, nan where nothing was measured.
 
-    An incomplete line is left out, so the file can be read while the run writes it.
+    An incomplete or damaged line is left out, so the file can be read while the run writes it, and after a crash.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
     header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
     names = header.split(",")
-    rows = [cells for line in lines if len(cells := line.split(",")) == len(names)]
-    table = np.array([[float(cell or "nan") for cell in row] for row in rows]).reshape(-1, len(names))
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append([float(cell or "nan") for cell in line.split(",")])
+    table = np.array([row for row in rows if len(row) == len(names)]).reshape(-1, len(names))
     return {name: table[:, i] for i, name in enumerate(names)}
 
 
