@@ -114,7 +114,10 @@ class Metrics:
         try:
             yield
         except OSError as error:
+            file = getattr(self, f"_{log}")
             setattr(self, f"_{log}", None)
+            with contextlib.suppress(OSError, AttributeError):
+                file.close()
             self.print(f"note: {log} log stopped at step {self.step:,}: {error.strerror or error}; the run continues")
 
     @contextlib.contextmanager

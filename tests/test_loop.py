@@ -11,6 +11,7 @@ import pytest
 from gptjax import loop
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.data.prepare import load_dataset
+from gptjax.distributed import StopSignal
 from gptjax.errors import UserError
 from gptjax.hub.init_from import open_pretrained
 from gptjax.loop import Run, fit_to_data, train, validation_loss
@@ -72,6 +73,13 @@ def test_a_part_of_the_split_is_spread_over_it_and_the_same_each_time(run, param
     some = run._replace(config=with_train(run.config, eval_batches=3))
     assert validation_loss(some, params) == validation_loss(some, params) != validation_loss(run, params)
     np.testing.assert_allclose(validation_loss(some, params), validation_loss(run, params), rtol=0.05)
+
+
+def test_an_evaluation_ends_between_two_batches_when_the_run_is_asked_to_stop(run, params, monkeypatch):
+    answers = iter([0, 0, 15])
+    monkeypatch.setattr(StopSignal, "agree", lambda self: next(answers))
+    assert validation_loss(run, params, stop=StopSignal(run.mesh)) is None
+    assert next(answers, None) is None, "it went on after it was asked to stop"
 
 
 def test_before_the_first_step_a_few_batches_are_enough(data, run, params, tmp_path, monkeypatch):

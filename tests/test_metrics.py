@@ -1,6 +1,7 @@
 """The metrics of a run: what is written, when, and what a resumed run does to it."""
 
 import csv
+import errno
 import math
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from gptjax.config import Config, ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.metrics import COLUMNS, Metrics
+from gptjax.report import read_metrics
 
 CONFIG = Config(
     model=ModelConfig(block_size=8),
@@ -69,3 +71,28 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, loss):
         metrics.add(1, values(loss))
         with pytest.raises(UserError, match=r"train_loss=(nan|inf) .* at step 1: .*optimizer.learning_rate=0.001"):
             metrics.add(2, values(1.0))
+
+
+def test_a_log_that_cannot_be_written_is_a_note_and_the_run_continues(tmp_path, capsys, monkeypatch):
+    """As on a full disk; the other log is still written."""
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gptjax.metrics._Events.write", full)
+    rows = run(tmp_path, range(1, 11))
+    assert [row["step"] for row in rows] == ["2", "4", "6", "8", "10"]
+    assert capsys.readouterr().out.count("tensorboard log stopped at step 2: No space left on device") == 1
+    (tmp_path / "metrics.csv").unlink()
+    (tmp_path / "metrics.csv").mkdir()
+    with pytest.raises(OSError, match="metrics.csv"):  # before the first step: nothing is lost
+        run(tmp_path, [])
+
+
+def test_a_damaged_metrics_csv_loses_its_damaged_lines_alone(tmp_path):
+    run(tmp_path, range(1, 5))
+    with (tmp_path / "metrics.csv").open("ab") as file:
+        file.write(b"4,\xff\xfe\n9999999999999999999999,1,1,1,1,1,1,1\n3,x,y,z,a,b,c,d\n" + bytes(99))
+    assert [row["step"] for row in run(tmp_path, range(5, 9), start=4)] == ["2", "4", "3", "6", "8"]
+    steps = read_metrics(tmp_path / "metrics.csv")["step"]
+    assert steps.tolist() == [2, 4, 6, 8]

@@ -46,11 +46,11 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(script, *arguments, cwd, stdin=None, send=None):
+def run(script, *arguments, cwd, stdin=None, send=None, program=SIGNALLED):
     """The exit code, standard output and standard error of a process that compiles as a user's does."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     environment.pop("XLA_FLAGS", None)
-    code = ["-c", SIGNALLED.format(int(send))] if send else []
+    code = ["-c", program.format(int(send))] if send else []
     command = [sys.executable, *code, str(ROOT / script), *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout, done.stderr
@@ -93,6 +93,19 @@ def test_sampling_needs_only_the_run(trained, folder, tmp_path):
     one, two = out.removesuffix("\n").split("\n---------------\n")
     assert (code, err) == (0, "") and one != two
     assert all(text.startswith("light ") and len(text) == len("light ") + 20 for text in (one, two))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_run_whose_terminal_is_lost_saves_and_its_report_is_made_later(folder, tmp_path):
+    """Standard output was closed before it began: its number must not become that of a data file."""
+    options = ["--out_dir", tmp_path / "run", "--optimizer.decay_steps", 24]
+    lost = "import os; os.close(1);" + SIGNALLED
+    code, out, err = run("train.py", *TINY, *RUN, 1, *options, cwd=folder, send=signal.SIGHUP, program=lost)
+    assert (code, out, err) == (128 + signal.SIGHUP, "", "")
+    n_saved = int(next((tmp_path / "run" / "checkpoints" / "latest").iterdir()).name)
+    options += ["--resume", "--train.max_steps", n_saved]
+    code, out, err = run("train.py", *TINY, *RUN, 1, *options, cwd=folder)
+    assert (code, err) == (0, "") and "## Sample" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
