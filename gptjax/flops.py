@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,7 @@ from jax.typing import DTypeLike
 from gptjax.config import Config
 
 
-@dataclass(frozen=True)
-class Peak:
+class Peak(NamedTuple):
     """The limits of one JAX device, as its vendor states them."""
 
     flops: float  # FLOP/s of dense bfloat16 matmuls that accumulate in float32
@@ -43,13 +41,12 @@ _TABLE: tuple[tuple[str, float, float, float], ...] = (
     ("V100-PCIE-32GB", 112, 900, 32),
     ("V100S-PCIE-32GB", 130, 1134, 32),
     ("T4", 65, 320, 16),
-    # NVIDIA A100 datasheet (40 GB and 80 GB editions); A10 datasheet; "NVIDIA A10G for AWS" datasheet.
+    # NVIDIA datasheets of A100 (40 GB and 80 GB editions), A10, A10G ("for AWS"), L4 and L40S.
     ("A100-SXM4-40GB|A100-SXM-40GB|A100-PCIE-40GB", 312, 1555, 40),
     ("A100-SXM4-80GB|A100-SXM-80GB", 312, 2039, 80),
     ("A100 80GB PCIe|A100-PCIE-80GB", 312, 1935, 80),
     ("A10", 125, 600, 24),
     ("A10G", 70, 600, 24),
-    # NVIDIA L4 and L40S datasheets.
     ("L4", 121, 300, 24),
     ("L40S", 362, 864, 48),
     # GA102 and Ada architecture whitepapers, appendix A, "FP32 accumulate": half of the float16-accumulate figure.
@@ -93,12 +90,10 @@ def measured_matmul_peak(
     """
     mesh = Mesh(np.asarray(mesh_devices), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    shape = (len(mesh_devices), size, size)
-    ones = jax.jit(lambda: jnp.ones(shape, dtype), out_shardings=sharding)()
+    ones = jax.jit(lambda: jnp.ones((len(mesh_devices), size, size), dtype), out_shardings=sharding)()
     matmul = jax.jit(lambda x, y: jnp.einsum("bij,bjk->bik", x, y), out_shardings=sharding)
     matmul(ones, ones).block_until_ready()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
+    times, end = list[float](), time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         matmul(ones, ones).block_until_ready()
@@ -127,15 +122,8 @@ def matmul_params(params: Any) -> int:
 
 
 def step_flops(config: Config, params: Any) -> int:
-    """FLOPs of one optimizer step, all micro-steps and devices together, by `train_flops_per_token`.
-
-    `params` may be arrays or their shapes.
-    """
+    """FLOPs of one optimizer step, on all devices together; `params` may be arrays or their shapes."""
     model = config.model
-    per_token = train_flops_per_token(
-        n_matmul_params=matmul_params(params),
-        n_layer=model.n_layer,
-        n_embd=model.n_embd,
-        block_size=model.block_size,
-    )
+    sizes = {"n_layer": model.n_layer, "n_embd": model.n_embd, "block_size": model.block_size}
+    per_token = train_flops_per_token(n_matmul_params=matmul_params(params), **sizes)
     return per_token * config.train.batch_size * model.block_size

@@ -7,12 +7,11 @@ for GPUs.
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from gptjax.attention import SPLASH_BLOCK
 
@@ -32,17 +31,10 @@ def jaxpr_flops(jaxpr: Jaxpr) -> float:
             total += 2 * math.prod(result) * math.prod(lhs[axis] for axis in axes)
         elif name == "pallas_call":
             total += _splash_flops(eqn)
-        elif parts := [jaxpr_flops(part) for part in _inner_jaxprs(params)]:
+        elif parts := [jaxpr_flops(part) for part in jaxprs_in_params(params)]:
             times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
             total += times * (max(parts) if name == "cond" else sum(parts))
     return total
-
-
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    for value in params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, ClosedJaxpr | Jaxpr):
-                yield part.jaxpr if isinstance(part, ClosedJaxpr) else part
 
 
 def _splash_flops(eqn: Any) -> float:
@@ -69,8 +61,7 @@ class Collective(NamedTuple):
     times: int
 
 
-@dataclass(frozen=True)
-class _Instruction:
+class _Instruction(NamedTuple):
     name: str
     shape: str
     op: str
@@ -96,10 +87,7 @@ _LINE = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\((.*?)\)(, \w+
 _WIDTHS = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_FREE = (
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
-    *("while", "conditional", "call", "after-all", "async-start"),
-)
+_FREE = "parameter constant tuple get-tuple-element bitcast while conditional call after-all async-start".split()
 _FREE_CALLS = re.compile("AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound|AsyncCollective")
 _VIEWS = ("bitcast", "reshape", "get-tuple-element")
 _COPIES = ("copy", "copy-start", "copy-done", "opt-barrier")
@@ -122,18 +110,16 @@ def _array_bytes(shape: str, hbm_only: bool = False) -> list[float]:
     return sizes
 
 
-@dataclass
 class Program:
-    """A compiled program, parsed from its HLO text (`compiled.as_text()`)."""
+    """A compiled program, parsed from its HLO text (`compiled.as_text()`).
 
-    text: str
-    n_devices: int
-    excluded_loops: str = "$^"  # a pattern: the bodies of loops whose scope matches do not count
-    computations: dict[str, _Computation] = field(init=False, repr=False, default_factory=dict)
-    entry: str = field(init=False)
+    The bodies of loops whose scope matches the pattern `excluded_loops` do not count.
+    """
 
-    def __post_init__(self) -> None:
-        for line in self.text.splitlines():
+    def __init__(self, text: str, n_devices: int, excluded_loops: str = "$^") -> None:
+        self.n_devices, self.excluded_loops = n_devices, excluded_loops
+        self.computations: dict[str, _Computation] = {}
+        for line in text.splitlines():
             if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
                 current = self.computations.setdefault(head[2], {})
                 if head[1]:
@@ -169,10 +155,7 @@ class Program:
         return max(numbers, default=1)
 
     def stacked_bytes(self, n_layer: int) -> float:
-        """Bytes of the activations [n_layer, ...] that the forward pass stores for the backward pass.
-
-        0 where the layers do not run as a loop.
-        """
+        """Bytes of the activations [n_layer, ...] stored for the backward pass; 0 where no loop runs the layers."""
         loops = (i for name in self.runs for i in self.computations[name].values() if i.op == "while")
         forward = (i for i in loops if "jvp(" in i.scope and "transpose(" not in i.scope)
         return max((self._stored(i, n_layer) for i in forward if self._trip_count(i) == n_layer), default=0.0)
@@ -223,27 +206,22 @@ class Program:
     def _is_scattered(self, computation: _Computation, each: _Instruction) -> bool:
         """Whether only slices of a value are used: a TPU fuses an all-reduce with a slice into a reduce-scatter."""
         users = [i for i in computation.values() if each.name in i.operands]
-        return bool(users) and all(
-            i.op == "dynamic-slice" or (i.op in _VIEWS and self._is_scattered(computation, i)) for i in users
-        )
+        slices = (i.op == "dynamic-slice" or (i.op in _VIEWS and self._is_scattered(computation, i)) for i in users)
+        return bool(users) and all(slices)
 
     def traffic(self) -> float:
-        """An estimate of the bytes of HBM that a step reads and writes on one device.
+        """An estimate of the bytes of HBM, not of a TPU's on-chip memory, that a step reads and writes on one device.
 
-        Each instruction reads its operands and writes its result once; of an array that it slices or updates in place
-        only that part counts. Arrays in a TPU's on-chip memory do not count.
+        Each instruction reads its operands and writes its result once, or only the part that it slices or updates.
         """
-        return sum(
-            times * sum(self._moved(self.computations[name], i) for i in self.computations[name].values())
-            for name, times in self.runs.items()
-        )
+        parts = ((self.computations[name], times) for name, times in self.runs.items())
+        return sum(times * self._moved(part, each) for part, times in parts for each in part.values())
 
     def _moved(self, computation: _Computation, each: _Instruction) -> float:
         """Bytes of HBM that an instruction reads and writes each time it runs."""
         operands, op = [computation[name].shape for name in each.operands], each.op
-        if op in _FREE or op.endswith(("-done", "-update")):
-            return 0.0
-        if op == "custom-call" and _FREE_CALLS.search(each.attributes):
+        free_call = op == "custom-call" and _FREE_CALLS.search(each.attributes)
+        if op in _FREE or op.endswith(("-done", "-update")) or free_call:
             return 0.0
         if op in ("fusion", "fusion-start"):
             return self._moved_by_fusion(each, operands)
@@ -256,9 +234,8 @@ class Program:
         reads = sum(shape_bytes(shape, True) for shape in operands)
         if op.removesuffix("-start") in _COLLECTIVES:
             gathered = _array_bytes(each.shape, True) if op.startswith("all-gather") else []
-            return reads * (2 if op.startswith(("all-reduce", "collective-permute")) else 1) + max(
-                gathered, default=0.0
-            )
+            times = 2 if op.startswith(("all-reduce", "collective-permute")) else 1
+            return times * reads + max(gathered, default=0.0)
         scratch = op == "custom-call" and "cublas" in each.attributes
         return reads + shape_bytes(each.shape.split("s8[")[0] if scratch else each.shape, True)
 
@@ -305,12 +282,11 @@ class Program:
 
 
 def _parse(line: str) -> _Instruction | None:
-    found = _LINE.match(line)
-    if not found:
+    if not (found := _LINE.match(line)):
         return None
     root, name, shape, op, inside, attributes = found.groups(default="")
     if op in ("constant", "parameter"):  # the parentheses hold its value or number, which is kept with the attributes
-        return _Instruction(name, shape, op, (), f"{inside}){attributes}", bool(root))
+        inside, attributes = "", f"{inside}){attributes}"
     return _Instruction(name, shape, op, tuple(re.findall(r"%([\w.-]+)", inside)), attributes, bool(root))
 
 

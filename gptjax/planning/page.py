@@ -46,15 +46,11 @@ def to_text(plan: Plan, name: str, price: float | None) -> str:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    parts = (
-        plan.hbm_parts
-        if len(plan.hbm_parts) > 2
-        else plan.hbm_parts | {"other": plan.hbm_bytes - sum(plan.hbm_parts.values())}
-    )
+    other = {} if len(plan.hbm_parts) > 2 else {"other": plan.hbm_bytes - sum(plan.hbm_parts.values())}
     verdict = f"{'FITS' if plan.fits else 'DOES NOT FIT'}: needs {plan.hbm_bytes / GIB:.2f} GiB"
     return [
         f"{verdict} of the {plan.topology.capacity / GIB:.2f} that a program can have on a chip",
-        *(f"  {name:<20}{size / GIB:>8.2f} GiB  {NOTES[name]}" for name, size in parts.items()),
+        *(f"  {name:<20}{size / GIB:>8.2f} GiB  {NOTES[name]}" for name, size in (plan.hbm_parts | other).items()),
     ]
 
 
@@ -70,13 +66,10 @@ def _time_lines(plan: Plan) -> list[str]:
         if each.bytes >= total / 1000:
             name, gigabytes = f"  {each.kind} over {each.axes}, {each.count:,} times", each.bytes / 1e9
             rows.append((name, gigabytes, "GB", gigabytes / each.seconds, each.seconds))
-    return [
-        f"{'A step, on each chip':<46}{'amount':>10}{'at most':>21}{'at least':>15}",
-        *(
-            _TIME_ROW.format(name, amount, unit, f"{rate:,.0f} {unit}/s" if rate else "", seconds * 1e3)
-            for name, amount, unit, rate, seconds in rows
-        ),
-    ]
+    lines = [f"{'A step, on each chip':<46}{'amount':>10}{'at most':>21}{'at least':>15}"]
+    for name, amount, unit, rate, least in rows:
+        lines.append(_TIME_ROW.format(name, amount, unit, f"{rate:,.0f} {unit}/s" if rate else "", least * 1e3))
+    return lines
 
 
 def _run_lines(plan: Plan, price: float | None) -> list[str]:

@@ -1,7 +1,4 @@
-"""Plans a training step for hardware that is not here: compiles it, and derives its memory, time and collectives.
-
-`search` compares plans over meshes, remat and micro-batches.
-"""
+"""Plans a training step for hardware that is not here: compiles it, and derives its memory, time and collectives."""
 
 import itertools
 import math
@@ -90,27 +87,23 @@ class Plan:
 def complete_config(config: Config, platform: str) -> Config:
     """The config with the model of `init_from`, the tokenizer's vocabulary size and no "auto".
 
-    Raises:
-        UserError: the vocabulary depends on the text, which a plan does not read.
+    Raises `UserError` if the vocabulary depends on the text, which a plan does not read.
     """
     if config.init_from:
         config = open_pretrained(config.init_from).adapt(config)
     tokenizer, known = config.data.tokenizer, {"gpt2": GPT2_TOKENS, "bpe": config.data.vocab_size}
     vocab_size = config.model.vocab_size or known.get(tokenizer)
     if not vocab_size:
-        raise UserError(
-            f"a plan reads no data, and data.tokenizer={tokenizer!r} has no known size: --model.vocab_size N"
-        )
+        unknown = f"data.tokenizer={tokenizer!r} has no known size"
+        raise UserError(f"a plan reads no data, and {unknown}: --model.vocab_size N")
     return replace(config, model=resolve(replace(config.model, vocab_size=vocab_size), platform))
 
 
 def make_plan(config: Config, topology: Topology, slower_than: float = math.inf) -> Plan:
     """Trace and compile the step of a complete config; a step that does not fit has no time and no collectives.
 
-    A step whose FLOPs alone take more than `slower_than` seconds is not compiled.
-
-    Raises:
-        UserError: the mesh does not divide the model or the batch.
+    A step whose FLOPs alone take more than `slower_than` seconds is not compiled. Raises `UserError` if the mesh does
+    not divide the model or the batch.
     """
     rows = config.train.batch_size // config.train.accumulate
     mesh = make_mesh(config.mesh, rows, state_bytes(config), topology.devices)
@@ -155,8 +148,7 @@ def _add_memory_and_time(plan: Plan, compiled: Any) -> None:
     memory, stands_in = compiled.memory_analysis(), plan.config.model.attention == "blockwise"
     program = Program(compiled.as_text(), plan.mesh.size, excluded_loops="/attention/" if stands_in else "$^")
     state = sum(plan.hbm_parts.values())
-    # At the peak, where not all temporary arrays live.
-    temporary = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    temporary = memory.peak_memory_in_bytes - memory.argument_size_in_bytes  # not all temporary arrays live at the peak
     activations = min(program.stacked_bytes(plan.config.model.n_layer), temporary)
     plan.hbm_parts |= {
         "padding and batch": memory.argument_size_in_bytes - state,
@@ -200,10 +192,7 @@ def search(config: Config, topology: Topology, report: Any) -> Plan:
     """The fastest plan that fits, over meshes, remat and micro-batches; Ctrl-C ends it with the best plan so far.
 
     For each mesh and remat it takes the largest micro-batch that fits. Plans whose FLOPs alone take longer than the
-    best plan so far are not compiled. Each plan is a line of `report`.
-
-    Raises:
-        UserError: nothing fits.
+    best plan so far are not compiled. Each plan is a line of `report`. Raises `UserError` if nothing fits.
     """
     fitting: list[Plan] = []
     print(_ROW.format("mesh", "remat", "micro-steps", "HBM, GiB", "step, at least, ms", "compiled in, s"), file=report)
@@ -218,8 +207,8 @@ def search(config: Config, topology: Topology, report: Any) -> Plan:
     if not fitting:
         raise UserError(f"nothing that was tried fits {topology.name}: more chips, or chips with more memory")
     fastest = min(fitting, key=lambda plan: (plan.roofline_seconds, plan.serial_seconds))
-    options = "--mesh {} --model.remat {} --train.accumulate {}".format(*_choices(fastest))
-    print(f"fastest that fits: {options}\n", file=report)
+    options = "fastest that fits: --mesh {} --model.remat {} --train.accumulate {}\n"
+    print(options.format(*_choices(fastest)), file=report)
     return fastest
 
 
@@ -243,10 +232,8 @@ def _shrinking(config: Config, topology: Topology, mesh: MeshConfig, remat: Any,
     for accumulate in micro_steps(config, mesh, remat, topology):
         if accumulate < needed:
             continue
-        train = replace(config.train, accumulate=accumulate)
-        plan = make_plan(
-            replace(config, model=replace(config.model, remat=remat), train=train, mesh=mesh), topology, slower_than
-        )
+        model, train = replace(config.model, remat=remat), replace(config.train, accumulate=accumulate)
+        plan = make_plan(replace(config, model=model, train=train, mesh=mesh), topology, slower_than)
         yield plan
         state = plan.hbm_parts["parameters"] + plan.hbm_parts["optimizer"]
         if plan.fits or plan.compile_seconds is None or state >= topology.capacity:

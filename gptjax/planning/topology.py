@@ -1,11 +1,10 @@
 """Finds hardware by name for compilers that run without it: v5e:4x4, v5e-16, h100:8, h100:2x8."""
 
 import importlib.util
-import math
+import operator
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -58,8 +57,7 @@ GPUS = {
 KNOWN = "TPU slices as v5e:4x4 or v5e-16 (v4, v5e, v5p, v6e), GPUs as h100:8 or h100:2x8 (a100, h100, h200, b200)"
 
 
-@dataclass(frozen=True)
-class Topology:
+class Topology(NamedTuple):
     name: str
     hardware: TPU | GPU
     sides: tuple[int, ...]  # of a TPU slice in chips; for GPUs the nodes, and the GPUs in each
@@ -68,7 +66,6 @@ class Topology:
 
     @property
     def platform(self) -> str:
-        """JAX's name: "gpu" or "tpu"."""
         return "gpu" if isinstance(self.hardware, GPU) else "tpu"
 
     @property
@@ -87,8 +84,7 @@ class Topology:
         link = self.hardware.link
         if isinstance(self.hardware, GPU):
             nodes = len({device.process_index for device in group})
-            across = self.hardware.network * (len(group) - 1) / (nodes - 1) if nodes > 1 else math.inf
-            return min(link, across)
+            return link if nodes == 1 else min(link, self.hardware.network * (len(group) - 1) / (nodes - 1))
         spans = [len({device.coords[axis] for device in group}) for axis in range(len(self.sides))]
         # Sides of 16 chips are rings, and all sides of a slice made of cubes of 4 x 4 x 4.
         cubes = len(self.sides) == 3 and all(side % 4 == 0 for side in self.sides)
@@ -100,8 +96,7 @@ class Topology:
 def find_topology(name: str) -> Topology:
     """The hardware of a name: libtpu's, Google's product names, and h100:GPUS or h100:NODESxGPUS.
 
-    Raises:
-        UserError: there is no such hardware, or this environment has no compiler for it.
+    Raises `UserError` if there is no such hardware, or this environment has no compiler for it.
     """
     libtpu_like = re.sub(r"^(\d+)x([a-z]\w*)$", r"\2:\1", name.lower().replace("v5litepod", "v5e").replace("-", ":", 1))
     family, _, shape = libtpu_like.partition(":")
@@ -129,9 +124,8 @@ def slice_sides(tpu: TPU, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def _find_tpu(name: str, family: str, sides: tuple[int, ...]) -> Topology:
     tpu = TPUS[family]
-    if len(sides) != len(tpu.max_sides) or not all(
-        0 < n <= most for n, most in zip(sorted(sides), sorted(tpu.max_sides), strict=True)
-    ):  # the compiler aborts the process if a slice is too large
+    fits = len(sides) == len(tpu.max_sides) and all(map(operator.le, sorted(sides), sorted(tpu.max_sides)))
+    if not fits or min(sides) < 1:  # the compiler aborts the process if a slice is too large
         most = "x".join(map(str, tpu.max_sides))
         raise UserError(f"topology={name!r} is no slice of a {family} pod of {most} chips; known are {KNOWN}")
     if not importlib.util.find_spec("libtpu"):
