@@ -40,8 +40,7 @@ class Tokenizer:
     def from_characters(cls, ids: dict[str, int]) -> "Tokenizer":
         """Make a character tokenizer with the given id of each character."""
         library = tokenizers.Tokenizer(models.WordLevel(ids))
-        library.pre_tokenizer = _CHARACTERS
-        library.decoder = decoders.Fuse()
+        library.pre_tokenizer, library.decoder = _CHARACTERS, decoders.Fuse()
         return cls(library)
 
     @classmethod
@@ -51,11 +50,9 @@ class Tokenizer:
         A short text may have too few pairs to merge for a vocabulary of `vocab_size`.
         """
         library = _byte_level(models.BPE())
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
         )
         library.train_from_iterator(safe_chunks(chunks), trainer)
         return cls(library)

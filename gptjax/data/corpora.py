@@ -12,10 +12,9 @@ import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from rich.progress import Progress
 
@@ -27,8 +26,7 @@ _CHUNK = 1 << 16  # bytes; small because the BPE trainer holds 256 chunks at onc
 Chunk = TypeVar("Chunk", str, bytes)
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """A text made from `files`, which can be read several times; `identity` is its path or URL."""
 
     name: str
@@ -156,12 +154,10 @@ def download(url: str, name: str, config: DataConfig) -> Path:
 
 
 def _received(url: str) -> Iterator[bytes]:
-    """Yield the bytes behind a URL."""
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "gptjax"})
         with urllib.request.urlopen(request, timeout=60) as reply:
-            total = int(reply.headers["Content-Length"] or 0) or None
-            received = 0
+            total, received = int(reply.headers["Content-Length"] or 0) or None, 0
             for block in with_progress(iter(lambda: reply.read(_CHUNK), b""), total, f"downloading {url}"):
                 received += len(block)
                 yield block

@@ -87,10 +87,7 @@ def prepare(config: DataConfig, form: Format = "nanogpt") -> Path:
 
 
 def _write_folder(made: Path, config: DataConfig, corpus: Corpus, form: Format) -> dict[str, Any]:
-    """Write all files but data.json, whose fields are returned.
-
-    Reads the text twice, or three times for a BPE: to count its characters, to train the BPE and to encode it.
-    """
+    """Write all files but data.json, whose fields are returned. Reads the text twice, or three times for a BPE."""
     n, alphabet = 0, set[str]()
     for chunk in corpus.chunks():
         n += len(chunk)
@@ -119,13 +116,8 @@ def _write_folder(made: Path, config: DataConfig, corpus: Corpus, form: Format) 
 
 def _recipe(config: DataConfig, corpus: Corpus, form: Format) -> tuple[dict[str, Any], list[Path]]:
     """Return the settings that the token files depend on, and the files that they are made from."""
-    recipe: dict[str, Any] = {
-        "source": corpus.identity,
-        "tokenizer": config.tokenizer,
-        "val_fraction": config.val_fraction,
-        "format": form,
-        "version": _VERSION,
-    }
+    recipe: dict[str, Any] = {"source": corpus.identity, "format": form, "version": _VERSION}
+    recipe |= {"tokenizer": config.tokenizer, "val_fraction": config.val_fraction}
     path, files = Path(config.tokenizer), list(corpus.files)
     if config.tokenizer == "bpe":
         recipe["vocab_size"] = config.vocab_size

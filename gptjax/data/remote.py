@@ -6,6 +6,7 @@ from typing import Any
 
 from gptjax.errors import UserError
 
+Range = tuple[str, int, int]  # bytes start to stop of a file: (URL, start, stop)
 _WAITS = (0.5, 2, 8, 30)  # seconds before a failed read is tried again
 
 
@@ -15,10 +16,7 @@ def is_url(source: str) -> bool:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """Return the filesystem of a URL or a local path, and the path in it.
-
-    Raises `UserError` if no filesystem is known for the URL or the package that serves it is not installed.
-    """
+    """Return the filesystem of a URL or a local path, and the path in it. Raises `UserError` if it cannot be used."""
     try:
         import fsspec
 
@@ -41,28 +39,28 @@ def list_files(folder: str) -> dict[str, int]:
     return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
 
 
-def read_ranges(urls: Sequence[str], starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
-    """Return the bytes from start to stop of each file of one filesystem, requested together (docs/data.md).
+def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
+    """Return the bytes of each range of the files of one filesystem, requested together (docs/data.md).
 
     Failed reads are tried again for 40 seconds. Raises `UserError` after that, or at once if a file is missing or
     forbidden.
     """
-    found = {i: b"" for i in range(len(urls)) if starts[i] >= stops[i]}
+    found = {i: b"" for i, (_, start, stop) in enumerate(ranges) if start >= stop}
     for wait in (*_WAITS, None):
-        missing = [i for i in range(len(urls)) if i not in found]
-        answers = _request([(urls[i], starts[i], stops[i]) for i in missing]) if missing else []
+        missing = [i for i in range(len(ranges)) if i not in found]
+        answers = _request([ranges[i] for i in missing]) if missing else []
         for i, answer in zip(missing, answers, strict=True):
             if not isinstance(answer, Exception):
                 found[i] = answer
             elif wait is None or isinstance(answer, (FileNotFoundError, PermissionError)):
-                raise UserError(f"cannot read {urls[i]}: {_reason(answer)}")
-        if wait is None or len(found) == len(urls):
+                raise UserError(f"cannot read {ranges[i][0]}: {_reason(answer)}")
+        if wait is None or len(found) == len(ranges):
             break
         time.sleep(wait)
-    return [found[i] for i in range(len(urls))]
+    return [found[i] for i in range(len(ranges))]
 
 
-def _request(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | Exception]:
+def _request(ranges: Sequence[Range]) -> list[bytes | Exception]:
     """Return the bytes of each range, or the exception that it failed with."""
     urls, starts, stops = map(list, zip(*ranges, strict=True))
     files, _ = filesystem(urls[0])

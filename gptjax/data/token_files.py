@@ -44,9 +44,8 @@ class Tokens:
     def __init__(self, paths: Sequence[Path], flat_dtype: np.dtype = UINT16) -> None:
         files = [np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8) for path in paths]
         self._index(paths, [len(data) for data in files], [bytes(data[:_HEADER_BYTES]) for data in files], flat_dtype)
-        self._shards = [
-            data[offset:].view(np.ndarray).view(self.dtype) for data, offset in zip(files, self._offsets, strict=True)
-        ]
+        pairs = zip(files, self._offsets, strict=True)
+        self._shards = [data[offset:].view(np.ndarray).view(self.dtype) for data, offset in pairs]
 
     def _index(self, paths: Sequence[Path | str], sizes: Iterable[int], heads: list[bytes], flat: np.dtype) -> None:
         """Find the tokens of each file, given its size in bytes and its first KiB."""
@@ -64,7 +63,6 @@ class Tokens:
         return self.windows([start], length)[0]
 
     def windows(self, starts: Sequence[int], length: int) -> list[Integer[np.ndarray, " _"]]:
-        """Return the window of each start."""
         spans = [self._spans(start, min(start + length, len(self))) for start in starts]
         read = iter(self._read(list(itertools.chain(*spans))))
         parts = [list(itertools.islice(read, len(window))) for window in spans]
@@ -102,15 +100,15 @@ class RemoteTokens(Tokens):
 
     def __init__(self, sizes: dict[str, int], flat_dtype: np.dtype = UINT16) -> None:
         """Open the files of these URLs, given their sizes in bytes."""
-        urls, ends = tuple(sizes), [min(size, _HEADER_BYTES) for size in sizes.values()]
-        self._index(urls, sizes.values(), remote.read_ranges(urls, [0] * len(urls), ends), flat_dtype)
+        heads = remote.read_ranges([(url, 0, min(size, _HEADER_BYTES)) for url, size in sizes.items()])
+        self._index(tuple(sizes), sizes.values(), heads, flat_dtype)
 
     def _read(self, spans: Sequence[Span]) -> Sequence[np.ndarray]:
-        width, offsets = self.dtype.itemsize, self._offsets
-        urls = [str(self.paths[shard]) for shard, _, _ in spans]
-        starts = [offsets[shard] + first * width for shard, first, _ in spans]
-        stops = [offsets[shard] + last * width for shard, _, last in spans]
-        return [np.frombuffer(data, self.dtype) for data in remote.read_ranges(urls, starts, stops)]
+        width, ranges = self.dtype.itemsize, list[remote.Range]()
+        for shard, first, last in spans:
+            offset = self._offsets[shard]
+            ranges.append((str(self.paths[shard]), offset + first * width, offset + last * width))
+        return [np.frombuffer(data, self.dtype) for data in remote.read_ranges(ranges)]
 
 
 def shards(folder: Path | str, split: str) -> list[str]:
@@ -125,14 +123,11 @@ def side_file(folder: Path | str, name: str) -> bytes | None:
     if isinstance(folder, Path):
         return (folder / name).read_bytes() if (folder / name).exists() else None
     size = remote.list_files(folder).get(name)
-    return None if size is None else remote.read_ranges([f"{folder}/{name}"], [0], [size])[0]
+    return None if size is None else remote.read_ranges([(f"{folder}/{name}", 0, size)])[0]
 
 
 def open_split(folder: Path | str, split: str) -> Tokens:
-    """Open the token files of a split.
-
-    Raises `UserError` if a file is damaged, or if shards that data.json promises do not exist yet.
-    """
+    """Open the token files of a split. Raises `UserError` if a file is damaged or a promised shard is missing."""
     manifest: dict[str, Any] = parse_json(side_file(folder, MANIFEST) or b"{}", f"{folder}/{MANIFEST}")
     n_parts, dtype = manifest.get("parts", 0), manifest.get("dtype", "uint16")
     if dtype not in ("uint16", "uint32") or not isinstance(n_parts, int):
@@ -169,10 +164,7 @@ def write_tokens(path: Path, arrays: Arrays, dtype: np.dtype, *, header: bool = 
 
 @contextlib.contextmanager
 def token_writer(path: Path, dtype: np.dtype, *, header: bool = True) -> Iterator[Callable[[np.ndarray], int]]:
-    """Yield a function that appends ids to a token file and returns their number.
-
-    The file gets its name when the block succeeds.
-    """
+    """Yield a function that appends ids to a file, named when the block succeeds, and returns their number."""
     n = 0
     with replacing(path) as temporary, open(temporary, "wb") as file:
 

@@ -46,8 +46,7 @@ def find_files(sources: Sequence[str]) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for source in sources:
-        sizes = _find(source)
-        if not sizes:
+        if not (sizes := _find(source)):
             raise UserError(f"{source} does not exist, or holds no {_FORMATS}")
         for name, size in sizes.items():
             if not _format(name):
@@ -201,7 +200,7 @@ def _parquet(piece: Piece, column: str) -> Iterator[Document]:
             raise UserError(f"{file} has no column {column!r}, but {', '.join(map(repr, schema.names))}: pass --column")
         kind = schema.field(column).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        if kind not in (pyarrow.string(), pyarrow.large_string()):
             raise UserError(f"column {column!r} of {file} is not text but {kind}: pass --column")
         row = 0
         for i in range(table.num_row_groups):

@@ -164,16 +164,13 @@ def begin_folder(config: TokenizeConfig, files: dict[str, int], n_parts: int) ->
     if tokenizer.token_id(config.end_of_text) is None:
         missing = f"tokenizer {config.tokenizer!r} has no token {config.end_of_text!r}"
         raise UserError(f"{missing}: pass the token that ends its texts as --end_of_text")
-    spec = tokenizer.to_json()
+    spec, settings = tokenizer.to_json(), ("end_of_text", "column", "val_fraction", "part_mb")
     manifest: dict[str, Any] = {
         "format": "llmc",
         "dtype": dtype_for(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": hashlib.sha256(spec.encode()).hexdigest(),
-        "end_of_text": config.end_of_text,
-        "column": config.column,
-        "val_fraction": config.val_fraction,
-        "part_mb": config.part_mb,
+        **{name: getattr(config, name) for name in settings},
         "parts": n_parts,
         "version": _VERSION,
         "files": files,
