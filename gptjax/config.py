@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptjax.errors import UserError
+from gptjax.files import read_json
 
 
 def option(default: Any, help: str, **notes: bool) -> Any:
@@ -302,16 +303,14 @@ class Config(Section):
         Raises:
             UserError: the file is missing or damaged, or has fields that this version does not know.
         """
+        sections = read_json(path)
         try:
-            sections = json.loads(path.read_text())
             for name, harmless in RETIRED.items():
                 section, _, field = name.partition(".")
                 value = sections.get(section, {}).pop(field, harmless)
                 if harmless is not None and value != harmless:
                     raise UserError(f"{path}: {name}={value!r} is from gptjax 0.1, and no later version can run it")
             return Config(**{k: SECTIONS[k](**values) if k in SECTIONS else values for k, values in sections.items()})
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; a run directory holds a config.json") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is not a config of this version of gptjax: {error}") from error
 
