@@ -28,17 +28,13 @@ class Arguments(Section):
     num_samples: int = option(1, "samples of each prompt, drawn at once; the first is streamed")
     max_new_tokens: int = option(500, "the most tokens in a sample")
     stop: tuple[str, ...] = option((), "texts that end a sample, in addition to the model's own stop tokens")
-    temperature: float | None = option(
-        None, "divides the logits; 0: always the likeliest token; none: the model's recommendation, or 0.8"
-    )
-    top_k: int | None = option(None, "draw from so many likeliest tokens; 0: from all; none: recommendation, or 200")
+    temperature: float | None = option(None, "divides the logits; 0: likeliest token; none: the model's own, or 0.8")
+    top_k: int | None = option(None, "draw from so many likeliest tokens; 0: from all; none: the model's own, or 200")
     top_p: float | None = option(
-        None, "draw from the likeliest tokens whose probabilities add up to this; none: recommendation, or 1"
+        None, "draw from the likeliest tokens whose probabilities add up to this; none: the model's own, or 1"
     )
     min_p: float = option(0.0, "draw from tokens with at least this fraction of the likeliest token's probability")
-    repetition_penalty: float | None = option(
-        None, "above 1: tokens of the text so far become less likely; none: recommendation, or 1"
-    )
+    repetition_penalty: float | None = option(None, "above 1: makes repeats less likely; none: the model's own, or 1")
     seed: int = option(1337, "the same seed gives the same text; each further sample has the next seed")
     log_probs: bool = option(False, "print each token with its log-probability in nats instead of the text")
 
@@ -55,10 +51,8 @@ class Arguments(Section):
         self.require(not (self.prompt and self.prompt_file), "prompt", "and prompt_file cannot both be given")
         one = self.num_samples == 1 and len(self.prompt) < 2
         self.require(self.draft is None or one, "draft", "works for one sample of one prompt")
-        alone = one and not (self.prompt or self.prompt_file or self.log_probs)
-        self.require(
-            not self.chat or alone, "chat", "reads its prompts from the terminal, and draws one sample of each"
-        )
+        alone = not self.chat or (one and not (self.prompt or self.prompt_file or self.log_probs))
+        self.require(alone, "chat", "reads its prompts from the terminal, and draws one sample of each")
         self.require(self.chat or self.system is None, "system", "needs --chat")
 
     def prompts(self) -> Sequence[str]:

@@ -109,8 +109,7 @@ def main(argv: Sequence[str]) -> None:
 def ask(name: str, prompts: Sequence[str], arguments: Arguments) -> Column:
     """Load a model and collect its answers to every prompt at every temperature."""
     model = LanguageModel.load(name, arguments.checkpoint, arguments.dtype).for_sampling()
-    path = model.folder / "loss.png"
-    picture = path.read_bytes() if path.exists() else None
+    picture = path.read_bytes() if (path := model.folder / "loss.png").exists() else None
     unique = sum(Path(other).name == Path(name).name for other in arguments.models) == 1
     column = Column(model.name if unique else name, facts(model), picture, {}, {}, {})
     for prompt in prompts:
@@ -131,8 +130,7 @@ def reply(model: LanguageModel, prompt: str, temperature: float, arguments: Argu
     else:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         ids = model.chat_prompt([*system, {"role": "user", "content": prompt}])
-    sampling = Sampling(temperature=temperature)
-    options = ([ids], arguments.max_new_tokens, sampling, [arguments.seed])
+    options = ([ids], arguments.max_new_tokens, Sampling(temperature=temperature), [arguments.seed])
     next(model.answer(*options))
     start = time.perf_counter()
     *_, [answer] = model.answer(*options)
@@ -149,13 +147,11 @@ def perplexity_per_byte(model: LanguageModel, text: str) -> float:
 def facts(model: LanguageModel) -> dict[str, str]:
     """What a model's card says."""
     config = model.config
-    shape = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads"
-    if config.kv_heads != config.n_head:
-        shape += f" on {config.kv_heads} key/value heads"
+    shared = f" on {config.kv_heads} key/value heads" if config.kv_heads != config.n_head else ""
     return {
         "asked as": CHAT if model.template else "a text to continue",
         "parameters": f"{model.n_params:,}",
-        "shape": shape,
+        "shape": f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads{shared}",
         "trained on": "not stated" if model.train_tokens is None else f"{model.train_tokens:,} tokens",
         "tokenizer": f"{model.tokenizer.kind}, {model.tokenizer.vocab_size:,} tokens",
         "context": f"{config.block_size:,} tokens",
@@ -165,11 +161,9 @@ def facts(model: LanguageModel) -> dict[str, str]:
 
 def to_markdown(columns: Sequence[Column], prompts: Sequence[str], temperatures: Sequence[float]) -> str:
     """The comparison as Markdown: a table of cards, then the answers to each prompt."""
-    lines = ["# Models side by side", "", "| | " + " | ".join(_cell(column.name) for column in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    lines += [
-        f"| {name} | " + " | ".join(_cell(column.facts[name]) for column in columns) + " |" for name in columns[0].facts
-    ]
+    rows = [["", *(column.name for column in columns)], ["---"] * (len(columns) + 1)]
+    rows += [[name, *(column.facts[name] for column in columns)] for name in columns[0].facts]
+    lines = ["# Models side by side", "", *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)]
     for prompt in prompts:
         lines += ["", f"## {_cell(prompt)}"]
         for column in columns:
@@ -188,12 +182,15 @@ def to_markdown(columns: Sequence[Column], prompts: Sequence[str], temperatures:
 def to_html(columns: Sequence[Column], prompts: Sequence[str], temperatures: Sequence[float]) -> str:
     """The comparison as one page without scripts or external files."""
     cards = "".join(_card(column) for column in columns)
-    sections = "".join(_section(prompt, columns, temperatures) for prompt in prompts)
+    row, sections = f'<div class="row" style="--n: {len(columns)}">', ""
+    for prompt in prompts:
+        answers = "".join(_answers(prompt, column, temperatures) for column in columns)
+        sections += f"<section>\n<h2>{html.escape(prompt)}</h2>\n{row}{answers}</div>\n</section>\n"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
         f"<title>Models side by side</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>Models side by side</h1>\n<div class="row" style="--n: {len(columns)}">{cards}</div>\n{sections}'
+        f"<h1>Models side by side</h1>\n{row}{cards}</div>\n{sections}"
         "<footer>Perplexity per byte: the exponential of the model's loss on the prompt, in nats per UTF-8 byte; it is "
         "comparable between tokenizers. Tokens per second: one answer at a time, with reading the prompt but without "
         "compilation. Made by gptjax.</footer>\n</body>\n</html>\n"
@@ -207,12 +204,6 @@ def _card(column: Column) -> str:
         data = base64.b64encode(column.picture).decode()
         picture = f'<img alt="training and validation loss" src="data:image/png;base64,{data}"/>'
     return f'<div class="card"><h2>{html.escape(column.name)}</h2><dl>{rows}</dl>{picture}</div>'
-
-
-def _section(prompt: str, columns: Sequence[Column], temperatures: Sequence[float]) -> str:
-    cells = "".join(_answers(prompt, column, temperatures) for column in columns)
-    title = f"<h2>{html.escape(prompt)}</h2>"
-    return f'<section>\n{title}\n<div class="row" style="--n: {len(columns)}">{cells}</div>\n</section>\n'
 
 
 def _answers(prompt: str, column: Column, temperatures: Sequence[float]) -> str:

@@ -34,9 +34,7 @@ class Arguments(Section):
     hellaswag: str | None = option(None, 'choose an ending: JSONL of {"ctx": ..., "endings": [...], "label": ...}')
     lambada: str | None = option(None, 'predict the last word: JSONL of {"text": ...}')
     block_size: int = option(1024, "text: tokens in a window, at most the model's block_size")
-    stride: int | None = option(
-        None, "text: tokens scored in each window; with fewer each has more context, but it takes longer; none: all"
-    )
+    stride: int | None = option(None, "text: tokens scored in each window; fewer: more context, but slower; none: all")
     checkpoint: Which = option("best", CHECKPOINT_HELP)
     dtype: Dtype = option("auto", DTYPE_HELP)
     json: bool = option(False, "print one JSON object instead of readable lines")

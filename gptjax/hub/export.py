@@ -20,15 +20,13 @@ from gptjax.hub.weights import INDEX, WEIGHTS, merge_lora
 def export(folder: Path, config: ModelConfig, params: Any, dtype: str, shard_bytes: int = 5_000_000_000) -> None:
     """Write config.json and the weights as the Hugging Face family that has this architecture.
 
-    The vocabulary's padding is left out, LoRA's updates are merged, and files are split at `shard_bytes`.
-
-    Raises:
-        UserError: no family has it.
+    The vocabulary's padding is left out, LoRA's updates are merged, and files are split at `shard_bytes`. Raises
+    `UserError` if no family has it.
     """
     family, n_bytes = family_of(config), jnp.dtype(dtype).itemsize
     config, params = merge_lora(config, params)
     values = {"torch_dtype": dtype, "bos_token_id": None, "eos_token_id": None} | config_values(family, config)
-    _write_json(folder / "config.json", values)
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     leaves = by_path(params)
     biased = replace(config, bias=True) if family == "gpt2" else config
     shards, sizes = [dict[str, Tensor]()], [0]
@@ -45,11 +43,8 @@ def export(folder: Path, config: ModelConfig, params: Any, dtype: str, shard_byt
         safetensors.numpy.save_file(arrays, folder / file_name, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file_name)
     if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _gather(tensor: Tensor, leaves: Mapping[str, jax.Array]) -> np.ndarray:

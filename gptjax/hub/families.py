@@ -36,12 +36,7 @@ _NAMES = {
 }
 
 # GPT-2's activation_function -> ours; of two names of one function the first is written.
-_ACTIVATIONS: dict[str, Any] = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu_erf",
-    "relu2": "relu2",
-}
+_ACTIVATIONS: dict[str, Any] = dict(gelu_new="gelu_tanh", gelu_pytorch_tanh="gelu_tanh", gelu="gelu_erf", relu2="relu2")
 _ROPE_SCALING = {"low_freq_factor": ROPE_LOW, "high_freq_factor": ROPE_HIGH}  # the only ones that the model has
 
 
@@ -107,11 +102,7 @@ def draw_params(config: ModelConfig, seed: int) -> Any:
 
 
 def read_config(path: Path) -> tuple[Family, ModelConfig]:
-    """Family and ModelConfig of a config.json, in the form of transformers 4 or 5.
-
-    Raises:
-        UserError: the family, a feature or a value is not supported.
-    """
+    """Family and ModelConfig of a config.json of transformers 4 or 5. Raises `UserError` for what is not supported."""
     values = read_json(path)
     family = values.get("model_type")
     try:
@@ -137,14 +128,12 @@ def within_limits(config: ModelConfig) -> ModelConfig:
 def family_of(config: ModelConfig) -> Family:
     """The Hugging Face family that has this architecture: its config.json, read back, gives every field again.
 
-    Raises:
-        UserError: no family has a field's value.
+    Raises `UserError` if no family has a field's value.
     """
     family: Family = "gpt2" if config.position == "learned" else "qwen2" if config.qkv_bias else "llama"
     values = config_values(family, config)
-    back = _gpt2_config(values) if family == "gpt2" else _llama_config(values)
-    if family == "gpt2":
-        back = replace(back, bias=config.bias)  # where the model has no biases, those of GPT-2 are zeros
+    # Where the model has no biases, those of GPT-2 are zeros.
+    back = replace(_gpt2_config(values), bias=config.bias) if family == "gpt2" else _llama_config(values)
     theirs = _architecture(back)
     for name, value in _architecture(config).items():
         complaint = f"is in no Hugging Face family: {family}, the nearest one, has {theirs[name]}"

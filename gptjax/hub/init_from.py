@@ -26,8 +26,7 @@ class PretrainedWeights:
     def adapt(self, config: Config) -> Config:
         """The config with this architecture, and with this tokenizer unless it names one.
 
-        Raises:
-            UserError: it sets a field to a value that the weights do not have.
+        Raises `UserError` if it sets a field to a value that the weights do not have.
         """
         named = config.data.tokenizer != DataConfig().tokenizer
         data = config.data if named else replace(config.data, tokenizer=self.tokenizer)
@@ -54,10 +53,8 @@ class PretrainedWeights:
 def open_pretrained(name: str) -> PretrainedWeights:
     """The weights in a Hugging Face folder, of a model's name on the hub, in a run's folder or in nanoGPT's ckpt.pt.
 
-    A run's are those of its best checkpoint, with LoRA's updates merged.
-
-    Raises:
-        UserError: it is none of these, or damaged.
+    A run's are those of its best checkpoint, with LoRA's updates merged. Raises `UserError` if it is none of these, or
+    damaged.
     """
     path = locate(name)
     if holds_run(path):
@@ -84,18 +81,15 @@ def resumed(config: Config, saved: Config, run_dir: Path) -> Config:
 def _adopt(config: ModelConfig, checkpoint: ModelConfig) -> ModelConfig:
     """The checkpoint's architecture with the config's other fields: block_size, dropout, dtype, LoRA.
 
-    Raises:
-        UserError: the config sets another architecture, or asks for more positions than the checkpoint has.
+    Raises `UserError` if the config sets another architecture, or asks for more positions than the checkpoint has.
     """
-    defaults = ModelConfig()
+    defaults, longest = ModelConfig(), checkpoint.block_size
     if config.block_size == defaults.block_size:
-        config = replace(config, block_size=min(config.block_size, checkpoint.block_size))
-    longest = checkpoint.block_size
+        config = replace(config, block_size=min(config.block_size, longest))
     too_long = f"is longer than this checkpoint's {longest} positions; pass --model.block_size {longest} or less"
     config.require(config.block_size <= longest, "block_size", too_long)
-    inherited = [field.name for field in fields(ModelConfig) if field.metadata["architecture"]]
-    for name in inherited:
-        value, there = getattr(config, name), getattr(checkpoint, name)
-        unset = value in (getattr(defaults, name), there)
-        config.require(unset, name, f"is not what the checkpoint has ({there}); leave it out")
-    return replace(config, **{name: getattr(checkpoint, name) for name in inherited})
+    inherited = {f.name: getattr(checkpoint, f.name) for f in fields(ModelConfig) if f.metadata["architecture"]}
+    for name, value in inherited.items():
+        fits = getattr(config, name) in (getattr(defaults, name), value)
+        config.require(fits, name, f"is not what the checkpoint has ({value}); leave it out")
+    return replace(config, **inherited)

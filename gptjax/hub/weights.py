@@ -45,8 +45,7 @@ class Weights:
 def locate(name: str) -> Path:
     """The path itself if it exists, else the folder of the model of that name, downloaded from the hub.
 
-    Raises:
-        UserError: there is no such path, and no such model or no network.
+    Raises `UserError` if there is no such path, and no such model or no network.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -65,9 +64,8 @@ def locate(name: str) -> Path:
 def open_weights(path: Path) -> Weights:
     """Open a Hugging Face folder or nanoGPT's ckpt.pt, and check its config and every tensor's name and shape.
 
-    Raises:
-        UserError: it is neither; its family or a feature is not supported; a file is missing or damaged; a tensor is
-            missing, unexpected or of another shape than the config says.
+    Raises `UserError` if it is neither, if its family or a feature is not supported, if a file is missing or damaged,
+    or if a tensor is missing, unexpected or of another shape than the config says.
     """
     weights = _open_folder(path) if path.is_dir() else _open_nanogpt(path)
     found, expected = weights.shapes, expected_tensors(weights.config, weights.family)
@@ -105,11 +103,8 @@ def load_params(weights: Weights, config: ModelConfig, abstract: Any, seed: int 
             layer = jax.make_array_from_callback(shape, split, value.reshape(shape).__getitem__)
             filled[place.path] = _put(filled[place.path], layer, np.int32(place.layer))
             filled[place.path].block_until_ready()  # else several tensors would be in memory at once
-    print(
-        f"loaded {weights.source}: {n_bytes / 2**30:.2f} GiB in {time.perf_counter() - start:.1f} s, "
-        f"peak host memory {peak_host_memory() / 2**30:.2f} GiB",
-        file=sys.stderr,
-    )
+    took = f"in {time.perf_counter() - start:.1f} s, peak host memory {peak_host_memory() / 2**30:.2f} GiB"
+    print(f"loaded {weights.source}: {n_bytes / 2**30:.2f} GiB {took}", file=sys.stderr)
     return _with_lora(filled, config, abstract, seed)
 
 
@@ -123,8 +118,7 @@ def reuse_params(params: Any, config: ModelConfig, abstract: Any, seed: int = 0)
 def tokenizer_of(path: Path, config: ModelConfig) -> str:
     """The tokenizer of a folder or a ckpt.pt, as data.tokenizer names it.
 
-    Raises:
-        UserError: a ckpt.pt has no tokenizer.json beside it and not GPT-2's vocabulary.
+    Raises `UserError` if a ckpt.pt has no tokenizer.json beside it and not GPT-2's vocabulary.
     """
     beside = path if path.is_dir() else path.parent / "tokenizer.json"
     if beside.exists():
@@ -239,12 +233,11 @@ def _open_nanogpt(path: Path) -> Weights:
         raise UserError(f"reading {path} takes PyTorch: pip install torch") from error
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        arguments = {name: checkpoint["model_args"][name] for name in checkpoint["model_args"]}
+        arguments = dict(checkpoint["model_args"].items())
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
     except Exception as error:  # PyTorch's message tells how to run the code in the file
         raise UserError(f"{path} is no checkpoint of nanoGPT that can be read without running code") from error
-    unknown = arguments.keys() - {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
-    if unknown:
+    if unknown := arguments.keys() - {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}:
         raise UserError(f"{path}: nanoGPT's model has no {', '.join(map(str, unknown))}")
     try:
         config = within_limits(ModelConfig(activation="gelu_erf", **arguments))

@@ -33,13 +33,11 @@ def init_cache(config: ModelConfig, params: Any, batch_size: int, length: int) -
     """An empty cache for `batch_size` sequences of up to `length` tokens, in the layout of the parameters."""
 
     def empty(*layers: int) -> KVCache:
-        J, H = batch_size * config.kv_heads, config.head_width
-        return KVCache(
-            jnp.zeros((*layers, J, length, H), config.dtype), jnp.zeros((*layers, J, H, length), config.dtype)
-        )
+        shapes = (*layers, J, length, H), (*layers, J, H, length)
+        return KVCache(*(jnp.zeros(shape, config.dtype) for shape in shapes))
 
-    separate = isinstance(params["layers"], tuple)
-    return tuple(empty() for _ in params["layers"]) if separate else empty(config.n_layer)
+    J, H = batch_size * config.kv_heads, config.head_width
+    return tuple(empty() for _ in params["layers"]) if isinstance(params["layers"], tuple) else empty(config.n_layer)
 
 
 def length_of(cache: Cache) -> int:

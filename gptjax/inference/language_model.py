@@ -69,18 +69,16 @@ class LanguageModel:
     def load(cls, name: str, which: Which = "best", dtype: Dtype = "auto") -> "LanguageModel":
         """The model in a run's folder, a Hugging Face folder or nanoGPT's ckpt.pt, or of that name on the hub.
 
-        A run's weights are float32, all others have the `dtype` of activations. "auto" is float32 on a CPU, where it
-        is faster than bfloat16 for a single token, and elsewhere a run's own dtype or bfloat16. "int8" is "auto" with
-        weights rounded to int8. Raises `UserError` if there is no such model, or if it is damaged.
+        A run's weights are float32, all others have the `dtype` of activations, as DTYPE_HELP explains it. On a CPU
+        float32 is faster than bfloat16 for a single token. Raises `UserError` for no such model or a damaged one.
         """
-        path = locate(name)
+        path, train_tokens = locate(name), None
         folder = path if path.is_dir() else path.parent
         if holds_run(path):
             run, params, tokenizer = load_run(path, which)
             config, train_tokens = _with_dtype(run.model, dtype), None if run.init_from else trained_tokens(path, which)
         else:
             config, params, tokenizer = _load_weights(path, dtype)
-            train_tokens = None
         config, params = merge_lora(config, params)
         params = quantize(params) if dtype == "int8" else params
         template, special_tokens = chat.find_template(folder), chat.special_tokens(folder)
@@ -266,18 +264,13 @@ def _read_generation_config(path: Path) -> tuple[set[int | None], dict[str, Any]
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(isinstance(token, int) for token in ends):
         raise UserError(f"{path}: eos_token_id={ends!r} is not a token's id or a list of them")
-    limits: dict[str, tuple[Any, float, float]] = {
-        "temperature": (float, 0, math.inf),
-        "top_k": (int, 0, math.inf),
-        "top_p": (float, 0, 1),
-        "repetition_penalty": (float, 1e-6, math.inf),
-    }
-    defaults = {}
-    for name, (kind, least, most) in limits.items():
-        if (value := values.get(name)) is not None:
-            if not isinstance(value, int | kind) or not least <= value <= most:
-                raise UserError(f"{path}: {name}={value!r} is not a number from {least} to {most}; correct it")
-            defaults[name] = kind(value)
+    least = {"temperature": 0, "top_k": 0, "top_p": 0, "repetition_penalty": 1e-6}
+    defaults = {name: value for name in least if (value := values.get(name)) is not None}
+    for name, value in defaults.items():
+        kind, most = int if name == "top_k" else float, 1 if name == "top_p" else math.inf
+        if not isinstance(value, int | kind) or not least[name] <= value <= most:
+            raise UserError(f"{path}: {name}={value!r} is not a number from {least[name]} to {most}; correct it")
+        defaults[name] = kind(value)
     if values.get("do_sample") is False:
         defaults["temperature"] = 0.0
     return set(ends), defaults

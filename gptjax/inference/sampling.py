@@ -92,28 +92,22 @@ def mark_seen(seen_BV: Bool[Array, "B V"] | None, token_B: Int[Array, " B"]) -> 
 def _keep_largest(logits_BV: jax.Array, weights_BV: jax.Array, needed: float) -> jax.Array:
     """Each row with only its largest logits: the fewest whose weights add up to `needed`. The others are -inf.
 
-    With weights of 1 that is top_k, with probabilities top_p.
-    """
-    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
-    sign = np.uint32(1 << 31)
-    ordered_BV = jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)  # unsigned integers in the order of the floats
-    return jnp.where(ordered_BV >= _threshold(ordered_BV, weights_BV, needed), logits_BV, -jnp.inf)
-
-
-def _threshold(ordered_BV: jax.Array, weights_BV: jax.Array, needed: float) -> jax.Array:
-    """The largest threshold of each row for which the entries at or above it weigh at least `needed`: [B, 1].
-
-    A binary search sets the threshold's bits from the highest to the lowest. A bit stays set if the entries at or
-    above the threshold still weigh enough. With three bits, entries 6, 5 and 1 of weight 1 and needed = 2:
+    With weights of 1 that is top_k, with probabilities top_p. A binary search sets the bits of each row's threshold
+    from the highest to the lowest. A bit stays set if the entries at or above the threshold still weigh enough. With
+    three bits, entries 6, 5 and 1 of weight 1 and needed = 2:
 
         100 stays (6 and 5), 110 does not (only 6), 101 stays (6 and 5): the threshold is 5.
 
     These 32 passes over a row take a fraction of the time that sorting it takes (measured: docs/performance.md).
     """
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
+    sign = np.uint32(1 << 31)
+    ordered_BV = jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)  # unsigned integers in the order of the floats
 
     def try_bit(i: jax.Array, threshold_B1: jax.Array) -> jax.Array:
-        higher_B1 = threshold_B1 | (np.uint32(1 << 31) >> i.astype(jnp.uint32))
+        higher_B1 = threshold_B1 | (sign >> i.astype(jnp.uint32))
         weight_B1 = jnp.sum(jnp.where(ordered_BV >= higher_B1, weights_BV, 0.0), axis=-1, keepdims=True)
         return jnp.where(weight_B1 >= needed, higher_B1, threshold_B1)
 
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros((len(ordered_BV), 1), jnp.uint32))
+    threshold_B1 = jax.lax.fori_loop(0, 32, try_bit, jnp.zeros((len(ordered_BV), 1), jnp.uint32))
+    return jnp.where(ordered_BV >= threshold_B1, logits_BV, -jnp.inf)
