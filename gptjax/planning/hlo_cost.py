@@ -124,8 +124,12 @@ class Program:
                 current = self.computations.setdefault(head[2], {})
                 if head[1]:
                     self.entry = head[2]
-            elif instruction := _parse(line):
-                current[instruction.name] = instruction
+            elif found := _LINE.match(line):
+                root, name, shape, op, inside, attributes = found.groups(default="")
+                if op in ("constant", "parameter"):  # the parentheses hold its value or number: kept as an attribute
+                    inside, attributes = "", f"{inside}){attributes}"
+                operands = tuple(re.findall(r"%([\w.-]+)", inside))
+                current[name] = _Instruction(name, shape, op, operands, attributes, bool(root))
 
     @cached_property
     def runs(self) -> dict[str, int]:
@@ -279,15 +283,6 @@ class Program:
             called = self.computations[each.called("calls")[0]]
             return self._written_to(called, next(i.name for i in called.values() if i.is_root))
         return math.inf
-
-
-def _parse(line: str) -> _Instruction | None:
-    if not (found := _LINE.match(line)):
-        return None
-    root, name, shape, op, inside, attributes = found.groups(default="")
-    if op in ("constant", "parameter"):  # the parentheses hold its value or number, which is kept with the attributes
-        inside, attributes = "", f"{inside}){attributes}"
-    return _Instruction(name, shape, op, tuple(re.findall(r"%([\w.-]+)", inside)), attributes, bool(root))
 
 
 def _first_group(attributes: str, n_devices: int) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ NOTES = {
     "program": "the compiled code",
     "other": "the rest of the total in the compiler's error",
 }
-_TIME_ROW = "  {:<44}{:>10,.3f} {:<6}{:>14}{:>12,.2f} ms"
 _RUN_ROW = "  {:<30}{:>13}{:>12}{:>9}{:>10}{:>12}{:>12}"
 
 
@@ -68,7 +67,8 @@ def _time_lines(plan: Plan) -> list[str]:
             rows.append((name, gigabytes, "GB", gigabytes / each.seconds, each.seconds))
     lines = [f"{'A step, on each chip':<46}{'amount':>10}{'at most':>21}{'at least':>15}"]
     for name, amount, unit, rate, least in rows:
-        lines.append(_TIME_ROW.format(name, amount, unit, f"{rate:,.0f} {unit}/s" if rate else "", least * 1e3))
+        speed = f"{rate:,.0f} {unit}/s" if rate else ""
+        lines.append(f"  {name:<44}{amount:>10,.3f} {unit:<6}{speed:>14}{least * 1e3:>12,.2f} ms")
     return lines
 
 
