@@ -83,8 +83,7 @@ def decoded(file: BufferedReader, path: str) -> Iterator[str]:
     try:
         for block in iter(lambda: file.read(_CHUNK), b""):
             n_read += len(block)
-            if text := decoder.decode(block):
-                yield text
+            yield decoder.decode(block)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         at = n_read - len(error.object) + error.start

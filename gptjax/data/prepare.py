@@ -7,9 +7,8 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptjax.config import DataConfig
 from gptjax.data import remote, token_files
@@ -22,8 +21,7 @@ from gptjax.tokenizer import Tokenizer
 _VERSION = 1  # of how a text is prepared; after a change of it every text is prepared again
 
 
-@dataclass(frozen=True)
-class Dataset:
+class Dataset(NamedTuple):
     """The training and validation tokens, and their tokenizer."""
 
     train: Tokens

@@ -104,10 +104,9 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
     seconds = time.perf_counter() - start
     if missing:
         rate = (total.train_tokens + total.val_tokens) / seconds
-        print(
-            f"tokenized {len(missing)} parts in {seconds:,.1f} s: {total} ({total.val_tokens:,} for validation), "
-            f"{rate:,.0f} tokens/s with {n_workers} workers, {rate / n_workers:,.0f} each"
-        )
+        speed = f"{rate:,.0f} tokens/s with {n_workers} workers, {rate / n_workers:,.0f} each"
+        written = f"{total} ({total.val_tokens:,} for validation)"
+        print(f"tokenized {len(missing)} parts in {seconds:,.1f} s: {written}, {speed}")
     n_made = sum(_is_complete(config.out, number) for number in range(len(parts)))
     print(f"{config.out} has {n_made} of {len(parts)} parts" + ("" if missing else ": nothing left for this job to do"))
 
