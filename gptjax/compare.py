@@ -181,7 +181,6 @@ def to_markdown(columns: Sequence[Column], prompts: Sequence[str], temperatures:
 
 def to_html(columns: Sequence[Column], prompts: Sequence[str], temperatures: Sequence[float]) -> str:
     """The comparison as one page without scripts or external files."""
-    cards = "".join(_card(column) for column in columns)
     row, sections = f'<div class="row" style="--n: {len(columns)}">', ""
     for prompt in prompts:
         answers = "".join(_answers(prompt, column, temperatures) for column in columns)
@@ -190,7 +189,7 @@ def to_html(columns: Sequence[Column], prompts: Sequence[str], temperatures: Seq
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
         f"<title>Models side by side</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>Models side by side</h1>\n{row}{cards}</div>\n{sections}"
+        f"<h1>Models side by side</h1>\n{row}{''.join(map(_card, columns))}</div>\n{sections}"
         "<footer>Perplexity per byte: the exponential of the model's loss on the prompt, in nats per UTF-8 byte; it is "
         "comparable between tokenizers. Tokens per second: one answer at a time, with reading the prompt but without "
         "compilation. Made by gptjax.</footer>\n</body>\n</html>\n"

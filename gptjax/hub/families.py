@@ -35,6 +35,17 @@ _NAMES = {
     "head": ("lm_head", "lm_head"),
 }
 
+# A field of ModelConfig -> its name in GPT-2's config.json and in Llama's.
+_FIELDS = {
+    "vocab_size": ("vocab_size", "vocab_size"),
+    "block_size": ("n_positions", "max_position_embeddings"),
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_embd": ("n_embd", "hidden_size"),
+    "norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
+    "tied_head": ("tie_word_embeddings", "tie_word_embeddings"),
+}
+
 # GPT-2's activation_function -> ours; of two names of one function the first is written.
 _ACTIVATIONS: dict[str, Any] = dict(gelu_new="gelu_tanh", gelu_pytorch_tanh="gelu_tanh", gelu="gelu_erf", relu2="relu2")
 _ROPE_SCALING = {"low_freq_factor": ROPE_LOW, "high_freq_factor": ROPE_HIGH}  # the only ones that the model has
@@ -162,24 +173,21 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _renamed(values: dict[str, Any], column: int) -> dict[str, Any]:
+    """The fields of `_FIELDS` with the values that a config.json gives them."""
+    ours = {field: values[names[column]] for field, names in _FIELDS.items()}
+    return ours | {"norm_eps": _number(ours["norm_eps"])}
+
+
 def _gpt2_config(values: dict[str, Any]) -> ModelConfig:
     off = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     _require_values(values, {"scale_attn_weights": True} | off)
     activation = values.get("activation_function", "gelu_new")
     if activation not in _ACTIVATIONS:
         raise UserError(f"activation_function {activation!r} is none of {', '.join(_ACTIVATIONS)}")
-    return ModelConfig(
-        vocab_size=values["vocab_size"],
-        block_size=values.get("n_positions", values.get("n_ctx", 1024)),
-        n_layer=values["n_layer"],
-        n_head=values["n_head"],
-        n_embd=values["n_embd"],
-        mlp_width=values.get("n_inner") or 0,
-        activation=_ACTIVATIONS[activation],
-        norm_eps=_number(values.get("layer_norm_epsilon", 1e-5)),
-        bias=True,
-        tied_head=values.get("tie_word_embeddings", True),
-    )
+    usual = {"n_positions": values.get("n_ctx", 1024), "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+    ours, mlp_width = _renamed(usual | values, 0), values.get("n_inner") or 0
+    return ModelConfig(**ours, mlp_width=mlp_width, activation=_ACTIVATIONS[activation], bias=True)
 
 
 def _llama_config(values: dict[str, Any]) -> ModelConfig:
@@ -197,57 +205,42 @@ def _llama_config(values: dict[str, Any]) -> ModelConfig:
     if kind == "llama3":
         original = rope["original_max_position_embeddings"]
         scaling = {"rope_factor": _number(rope["factor"]), "rope_original_block_size": original}
+    longest = 32768 if is_qwen else 2048
+    usual = {"max_position_embeddings": longest, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
     return ModelConfig(
-        vocab_size=values["vocab_size"],
-        block_size=values.get("max_position_embeddings", 32768 if is_qwen else 2048),
-        n_layer=values["num_hidden_layers"],
-        n_head=n_head,
-        n_embd=n_embd,
+        **_renamed(usual | values, 1),
         n_kv_head=0 if n_kv_head in (None, n_head) else n_kv_head,
         mlp_width=values["intermediate_size"],
         activation="swiglu",
         norm="rmsnorm",
-        norm_eps=_number(values.get("rms_norm_eps", 1e-6)),
         position="rope",
         rope_theta=_number(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
         bias=bool(bias) and not is_qwen,
         qkv_bias=is_qwen,
-        tied_head=values.get("tie_word_embeddings", False),
         **scaling,
     )
 
 
 def config_values(family: Family, config: ModelConfig) -> dict[str, Any]:
     """The fields of a config.json that `read_config` reads, and the class that transformers makes of it."""
+    theirs = {names[0 if family == "gpt2" else 1]: getattr(config, field) for field, names in _FIELDS.items()}
     if family == "gpt2":
-        return {
+        return theirs | {
             "model_type": family,
             "architectures": ["GPT2LMHeadModel"],
-            "vocab_size": config.vocab_size,
-            "n_positions": config.block_size,
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_embd": config.n_embd,
             "n_inner": config.mlp_width or None,
             "activation_function": next((k for k, v in _ACTIVATIONS.items() if v == config.activation), "gelu_new"),
-            "layer_norm_epsilon": config.norm_eps,
-            "tie_word_embeddings": config.tied_head,
         }
     original = {"original_max_position_embeddings": config.rope_original_block_size}
     scaling = {"rope_type": "llama3", "factor": config.rope_factor} | original | _ROPE_SCALING
-    return {
+    biases = {"attention_bias": config.bias, "mlp_bias": config.bias} if family == "llama" else {}
+    return theirs | {
         "model_type": family,
         "architectures": ["LlamaForCausalLM" if family == "llama" else "Qwen2ForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.block_size,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
         "num_key_value_heads": config.kv_heads,
-        "hidden_size": config.n_embd,
         "intermediate_size": config.mlp_features,
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling if config.rope_factor != 1 else None,
-        "tie_word_embeddings": config.tied_head,
-    } | ({"attention_bias": config.bias, "mlp_bias": config.bias} if family == "llama" else {})
+        **biases,
+    }

@@ -81,14 +81,12 @@ class LanguageModel:
             config, params, tokenizer = _load_weights(path, dtype)
         config, params = merge_lora(config, params)
         params = quantize(params) if dtype == "int8" else params
-        template, special_tokens = chat.find_template(folder), chat.special_tokens(folder)
+        template, special = chat.find_template(folder), chat.special_tokens(folder)
         stops, defaults = _read_generation_config(folder / "generation_config.json")
-        stops |= {tokenizer.token_id(special_tokens.get("eos_token", "")), tokenizer.end_of_text}
+        stops |= {tokenizer.token_id(special.get("eos_token", "")), tokenizer.end_of_text}
         stop_tokens = frozenset(token for token in stops if token is not None)
         shown = path.resolve().name if Path(name).expanduser().exists() else name  # the hub's folders are checksums
-        return cls(
-            shown, config, params, tokenizer, template, special_tokens, stop_tokens, defaults, train_tokens, folder
-        )
+        return cls(shown, config, params, tokenizer, template, special, stop_tokens, defaults, train_tokens, folder)
 
     def for_sampling(self) -> "LanguageModel":
         """The model with its parameters in the layout that a CPU decodes fastest from."""
