@@ -1,8 +1,9 @@
-"""The default: a small GPT on the complete plays of Shakespeare, in pieces of words.
+"""The default: a small GPT on the complete plays of Shakespeare, with a BPE of 1,024 tokens.
 
     python train.py --config configs/shakespeare.py
 
-Two CPU cores: 2 min 40 s to a validation loss of 3.484 nats a token, 2.147 bits a character. 2.0M parameters.
+Two cores of an AMD EPYC (Zen 4), Python 3.11, jax 0.10.2, float32: 6 min 42 s from the command to a validation loss of
+3.496 nats per token, 2.154 bits per character. 2.0M parameters.
 """
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
