@@ -141,7 +141,8 @@ def run(command, options, monkeypatch):
     try:
         if words[0] == "-m":
             monkeypatch.setattr(sys, "argv", words[1:])
-            monkeypatch.delitem(sys.modules, words[1], raising=False)  # runpy warns of one that is imported
+            for module in (words[1], f"{words[1]}.__main__"):
+                monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns of one that is imported
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             here = ["--num_processes", "1", "--cpu_devices", "8"]  # JAX may run in this process already, with 8 devices

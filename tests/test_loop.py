@@ -82,6 +82,7 @@ def test_an_evaluation_ends_between_two_batches_when_the_run_is_asked_to_stop(ru
     assert next(answers, None) is None, "it went on after it was asked to stop"
 
 
+@pytest.mark.slow
 def test_before_the_first_step_a_few_batches_are_enough(data, run, params, tmp_path, monkeypatch):
     """For random weights; given ones may fit one part of the split better, and are evaluated on all of it."""
     monkeypatch.setattr(loop, "FIRST_BATCHES", 2)

@@ -96,6 +96,7 @@ def test_sampling_needs_only_the_run(trained, folder, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.slow
 def test_a_run_whose_terminal_is_lost_saves_and_its_report_is_made_later(folder, tmp_path):
     """Standard output was closed before it began: its number must not become that of a data file."""
     options = ["--out_dir", tmp_path / "run", "--optimizer.decay_steps", 24]

@@ -232,7 +232,7 @@ def refuses(tmp_path):
 
 
 def test_a_config_that_is_no_json_object(refuses, tmp_path):
-    for text in ("", "{", "[]", "null", "{'a': 1}", "[" * 100_000, "\ufeff{}", "{} {}"):
+    for text in ("", "{", "[]", "null", "{'a': 1}", "[" * 100_000, "{} {}"):
         refuses(text, "JSON")
     (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
     refusal(tmp_path / "config.json", "is not JSON", read=read_config)

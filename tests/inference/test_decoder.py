@@ -34,7 +34,7 @@ def new_tokens(config, params, length, n, prefix=None):
     return np.concatenate([chunk.tokens_BC[0] for chunk in chunks])
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [GPT2, pytest.param(LLAMA, marks=pytest.mark.slow)], ids=["gpt2", "llama"])
 def test_parameters_laid_out_are_the_same_model(scramble, config):
     """Also with a prefix cache, which grows."""
     params = scramble(config)

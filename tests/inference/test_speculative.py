@@ -35,6 +35,7 @@ def joined(chunks):
     return [np.concatenate([values[0] for values in column]) for column in zip(*chunks, strict=True)]
 
 
+@pytest.mark.slow
 def test_tokens_have_the_large_models_distribution(models):
     sampling, n = Sampling(top_p=0.8, repetition_penalty=1.7, temperature=0.9), 8_000
     (_, params), (_, draft_params) = models
