@@ -230,7 +230,8 @@ def test_a_long_document_is_cut_without_a_trace(tmp_path, spec, monkeypatch, nam
 def test_workers_arrays_and_stops_change_no_byte_and_nothing_is_made_twice(spec, tmp_path, capsys):
     corpus, here, out = (tmp_path / name for name in ("corpus", "here", "out"))
     corpus.mkdir()
-    write_jsonl(corpus / "a.jsonl", [f"{i} {TEXTS[i % len(TEXTS)]}" * 4 for i in range(5000)])  # 1.3 MB, two parts
+    texts = [f"{i} {TEXTS[i % len(TEXTS)]}" for i in range(1000)]
+    (corpus / "a.jsonl").write_bytes(json_lines(texts, url="http://x/" + "x" * 1100))  # 1.2 MB, two parts
     write_parquet(corpus / "b.parquet", [f"document {i}" for i in range(100)])
     write_compressed(corpus / "c.jsonl.gz")
     tokenize_here([corpus], here, spec, 1 << 20, val_fraction=0.05, part_mb=1)
