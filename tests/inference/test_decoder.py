@@ -34,33 +34,41 @@ def new_tokens(config, params, length, n, prefix=None):
     return np.concatenate([chunk.tokens_BC[0] for chunk in chunks])
 
 
-@pytest.mark.parametrize("config", [GPT2, pytest.param(LLAMA, marks=pytest.mark.slow)], ids=["gpt2", "llama"])
-def test_parameters_laid_out_are_the_same_model(scramble, config):
-    """Also with a prefix cache, which grows."""
-    params = scramble(config)
-    laid_out = lay_out(params)
-    expected = jax.jit(GPT(config).apply)({"params": params}, TOKENS)
-    np.testing.assert_allclose(logits_of(config, laid_out), expected, rtol=0, atol=2e-5)
-    prefix = PrefixCache()
-    for length, n in ((4, 6), (9, 12), (20, 40)):
-        text = new_tokens(config, laid_out, length, n, prefix)
-        np.testing.assert_array_equal(text, new_tokens(config, params, length, n))
-
-
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_int8_rounds_each_weight_to_a_127th_of_its_outputs_largest(scramble, config):
+def test_parameters_laid_out_give_the_same_logits(scramble, config):
     params = scramble(config)
+    expected = jax.jit(GPT(config).apply)({"params": params}, TOKENS)
+    np.testing.assert_allclose(logits_of(config, lay_out(params)), expected, rtol=0, atol=2e-5)
+
+
+def test_parameters_laid_out_generate_the_same_text(scramble):
+    """Also with a prefix cache, which grows."""
+    params, prefix = scramble(LLAMA), PrefixCache()
+    for length, n in ((4, 6), (20, 25)):
+        text = new_tokens(LLAMA, lay_out(params), length, n, prefix)
+        np.testing.assert_array_equal(text, new_tokens(LLAMA, params, length, n))
+
+
+def test_int8_rounds_each_weight_to_a_127th_of_its_outputs_largest(scramble):
+    params = scramble(LLAMA)
     tree = quantize(params)
-    kernel = np.asarray(params["layers"]["attention"]["out"]["kernel"][1]).reshape(-1, config.n_embd).T  # [D, N H]
+    kernel = np.asarray(params["layers"]["attention"]["out"]["kernel"][1]).reshape(-1, LLAMA.n_embd).T  # [D, N H]
     rounded = jax.tree.map(lambda leaf: leaf[1], tree["layers"])["attention"]["out"]["kernel"]
     for matrix, original in ((rounded, kernel), (tree["token_embedding"], np.asarray(params["token_embedding"]))):
         step = np.abs(original).max(axis=1, keepdims=True) / 127
         error = np.abs(matrix.weights * np.asarray(matrix.scale)[:, None] - original)
         assert isinstance(matrix, Int8) and (error <= 0.5001 * step).all() and error.any()
-    exact = np.asarray(jax.nn.log_softmax(logits_of(config, params)))
-    for other in (tree, lay_out(tree)):
-        error = exact - np.asarray(jax.nn.log_softmax(logits_of(config, other)))
-        assert 0 < np.sqrt(np.mean(error**2)) < 0.05 * exact.std()
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_int8_logits_are_close(scramble, config):
+    params = scramble(config)
+    exact, stacked, laid_out = [
+        np.asarray(jax.nn.log_softmax(logits_of(config, tree)))
+        for tree in (params, quantize(params), lay_out(quantize(params)))
+    ]
+    assert 0 < np.sqrt(np.mean((exact - stacked) ** 2)) < 0.05 * exact.std()
+    np.testing.assert_allclose(laid_out, stacked, rtol=0, atol=2e-5)
 
 
 def test_an_output_of_zeros_stays_zero():

@@ -184,8 +184,8 @@ def test_drawn_tokens_have_the_exact_distribution(temperature, top_k):
 
 
 def test_generated_tokens_have_the_exact_distribution(params):
-    prompts_BP, sampling = np.repeat(text(6), 2048, axis=0), Sampling(temperature=2.0, top_k=7)
-    tokens = next(generate(TINY, params, list(prompts_BP), 2, sampling, range(2048))).tokens_BC
+    prompts_BP, sampling = np.repeat(text(6), 1024, axis=0), Sampling(temperature=2.0, top_k=7)
+    tokens = next(generate(TINY, params, list(prompts_BP), 2, sampling, range(1024))).tokens_BC
     padded_BT = np.zeros((1, TINY.block_size), np.int32)
     padded_BT[:, :6] = prompts_BP[:1]
     assert_drawn_from(tokens[:, 0], probabilities(logits_of(TINY, params, padded_BT)[0, 5], 2.0, 7))
@@ -199,11 +199,11 @@ def test_padded_ids_are_never_drawn(scramble):
     params = scramble(config)
     # If padded ids were drawn, they would be every tenth token, and with these rows the likeliest.
     params["token_embedding"] = params["token_embedding"].at[1030:].multiply(50)
-    prompts_BP = text(3, batch=256, vocab_size=1030)
+    prompts_BP = text(3, batch=128, vocab_size=1030)
     for temperature in (0.0, 50.0):
         tokens, _ = new_tokens(params, prompts_BP, 10, Sampling(temperature=temperature, top_k=1100), config=config)
         assert tokens.max() < 1030
-    assert len(np.unique(tokens)) > 900
+    assert len(np.unique(tokens)) > 600
 
 
 def test_draws_are_independent_of_each_other(params):
