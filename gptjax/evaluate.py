@@ -182,13 +182,12 @@ def _parse(line: str, task: str) -> dict[str, Any]:
 
 
 def _pair(model: LanguageModel, context: str, continuation: str) -> tuple[TokenIds, TokenIds]:
-    """The ids of both, encoded as one text and cut at its beginning to the model's context length."""
+    """The ids of both, encoded as one text."""
     n_context, ids = len(model.tokenizer.prompt(context)), model.tokenizer.prompt(context + continuation)
     n, most = len(ids) - n_context, model.config.block_size
     if n > most:
         raise UserError(f"{continuation[:40]!r}... has {n} tokens, and {model.name} sees {most}: remove that question")
-    n_cut = max(0, len(ids) - most - 1)
-    return ids[n_cut:n_context], ids[n_context:]
+    return ids[:n_context], ids[n_context:]
 
 
 def _batches(items: Sequence[Any], description: str) -> Iterator[Sequence[Any]]:

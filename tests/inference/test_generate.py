@@ -140,15 +140,16 @@ def test_a_prefix_cache_changes_nothing_but_what_is_read(params, monkeypatch):
     monkeypatch.setattr(
         "gptjax.inference.generate.prefill", lambda *a: read_lengths.append(int(a[-1][0])) or prefill(*a)
     )
-    for turn, n in enumerate((6, 1, 17, 11, 30)):  # the last two fill the block, and run over it
+    # Answers that end in a cache's last place (32), or run over the block (40), are followed as they are or changed.
+    for turn, (n, n_changed) in enumerate(((6, 1), (1, 1), (20, 0), (6, 1), (30, 1))):
         again, again_log_probs = new_tokens(params, [prompt], n)
         read_lengths.clear()
         answer, log_probs = new_tokens(params, [prompt], n, prefix=prefix)
         firsts.append(read_lengths[0])
         assert answer.tolist() == again.tolist()
         np.testing.assert_allclose(log_probs, again_log_probs, rtol=0, atol=1e-5)
-        prompt = np.concatenate([prompt, answer[0, :-1], text(1, seed=turn)[0]])  # not quite what was answered
-    assert firsts == [5, 1, 1, 1, 1]
+        prompt = np.concatenate([prompt, answer[0, : n - n_changed], text(1, seed=turn)[0]])
+    assert firsts == [5, 1, 1, 2, 1]
 
 
 def probabilities(logits_V, temperature, top_k):
