@@ -194,7 +194,7 @@ def test_a_mesh_without_some_processes_is_refused(folder):
 @pytest.mark.parametrize(
     ("victim", "blow", "words"),
     [
-        (0, signal.SIGKILL, r"process 1 ends: JAX aborted it, as it does when process 0 \(localhost:\d+\) is gone"),
+        (0, signal.SIGKILL, r".*process 0 \(localhost:\d+\) is gone"),  # JAX may abort process 1 before or after that
         (0, signal.SIGSTOP, r"process 0 \(localhost:\d+\) has not answered for 10 s"),
         (1, signal.SIGKILL, r"process 1 \(.+\) has not answered for 10 s"),
         (1, signal.SIGSTOP, r"process 1 \(.+\) has not answered for 10 s"),
