@@ -1,14 +1,24 @@
-"""Read JSON files with one-line errors, and replace files atomically."""
+"""Read JSON files with one-line errors, replace files atomically, and lock folders."""
 
 import contextlib
 import json
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
+
+with contextlib.suppress(ImportError):  # Windows has none: no locks there
+    import fcntl
+
+LOCK = ".lock"
+
+
+class InUse(UserError):
+    """Another process holds a folder's lock."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,6 +60,35 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold its lock during the block.
+
+    The lock is flock's on FOLDER/.lock, which network file systems share between hosts and which ends with its process.
+    A folder that still holds nothing else is removed after the block. Raises `InUse` if another process has the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InUse(f"{folder} is in use by {holder}: wait until that ends, or name another folder") from error
+        except (OSError, NameError):
+            print(f"note: {folder} has no file locks: two processes that write there would not notice each other")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if os.listdir(folder) == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
 
 
 def _sync(path: Path) -> None:
