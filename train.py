@@ -10,6 +10,7 @@ if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,19 +18,27 @@ from gptjax import distributed
 from gptjax.cli import Parser, load_config_file
 from gptjax.config import Config, Section, option
 from gptjax.errors import LenientOutput, UserError, one_line_errors
+from gptjax.files import locked
 from gptjax.host import use_cores
 from gptjax.hub.init_from import open_pretrained, resumed
 from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import Sampling
 from gptjax.loop import train
-from gptjax.run_dir import can_resume, new_run_dir, newest_run
+from gptjax.run_dir import can_resume, new_run_dir, newest_run, saved_config
+
+NEWEST = -1  # what --resume without a step means
 
 
 @dataclass(frozen=True)
 class Arguments(Section):
     config: str | None = option(None, "Python file that builds a `config`; none: the defaults below")
     out_dir: str | None = option(None, "the run's folder; none: out/NAME, where NAME is the config file's")
-    resume: bool = option(False, "continue the run in --out_dir, or else the newest one of this config")
+    resume: int | None = option(
+        None,
+        "continue the run in --out_dir, or else the newest one of this config; with a number, from the checkpoint of "
+        "that step instead of the newest one",
+        const=NEWEST,
+    )
     auto_resume: bool = option(
         False, "--resume if --out_dir holds a run that can go on, else begin it: for jobs that a cluster starts again"
     )
@@ -51,21 +60,23 @@ class Arguments(Section):
         address = self.coordinator is None or re.fullmatch(r".+:\d+", self.coordinator)
         self.require(bool(address), "coordinator", "is not HOST:PORT")
         self.require(self.out_dir is not None or not self.auto_resume, "auto_resume", "takes an --out_dir")
+        self.require(self.out_dir != "", "out_dir", "names no folder")
+        self.require((self.resume or 0) >= NEWEST, "resume", "is negative")
 
-    def run_dir(self) -> Path:
-        """The folder of the run to continue, or of a new one.
+    def run_dir(self, lock: ExitStack) -> Path:
+        """The folder of the run to continue, or of a new one, locked until `lock` closes.
 
         Raises:
-            UserError: there is none to continue, or one where a new one should be.
+            UserError: there is none to continue, or one where a new one should be, or another process writes there.
         """
         name = Path(self.config).stem if self.config else None
-        if self.auto_resume and self.out_dir:
-            return Path(self.out_dir)
-        if not self.resume:
-            return new_run_dir(name or "default", self.out_dir)
+        automatic = self.auto_resume and self.out_dir is not None and can_resume(Path(self.out_dir))
+        if self.resume is None and not automatic:
+            return new_run_dir(name or "default", self.out_dir, lock)
         path = Path(self.out_dir) if self.out_dir else newest_run(name)
         if not can_resume(path):
             raise UserError(f"{path} holds no run with a checkpoint to resume; leave --resume out to start one there")
+        lock.enter_context(locked(path))
         return path
 
 
@@ -84,10 +95,16 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         parser.add_fields(load_config_file(Path(arguments.config)) if arguments.config else Config())
         parser.parse(argv)
-    with distributed.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
-        run_dir = Path(distributed.from_first("folder", lambda: str(arguments.run_dir())))
+    named = {argument.removeprefix("--").partition("=")[0].replace("-", "_") for argument in argv}
+    with (
+        distributed.joined(arguments.coordinator, arguments.num_processes, arguments.process_id),
+        ExitStack() as lock,
+    ):
+        run_dir = Path(distributed.from_first("folder", lambda: str(arguments.run_dir(lock))))
         resume = distributed.from_first("resume", lambda: str(can_resume(run_dir))) == "True"
-        config = Config.from_json(run_dir / "config.json") if resume else Config()
+        from_step = None if arguments.resume in (None, NEWEST) else arguments.resume
+        saved = saved_config(run_dir, step=from_step) if resume else None
+        config = saved or Config()
         if arguments.config:
             config = load_config_file(Path(arguments.config))
         parser.add_fields(config)
@@ -97,12 +114,12 @@ def main(argv: Sequence[str]) -> int:
         n_processes = distributed.count()
         use_cores(rows // n_processes, arguments.cpu_devices or max(0, on_mesh // n_processes))
         weights = None
-        if config.init_from and resume:
-            config = resumed(config, Config.from_json(run_dir / "config.json"), run_dir)
+        if config.init_from and saved:
+            config = resumed(config, saved, run_dir)
         elif config.init_from:
             weights = open_pretrained(config.init_from)
             config = weights.adapt(config)
-        return train(config, run_dir, resume, weights, sample)
+        return train(config, run_dir, resume, weights, sample, from_step, named)
 
 
 if __name__ == "__main__":

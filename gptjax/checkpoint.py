@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,25 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from gptjax import distributed
 from gptjax.errors import UserError, first_line
 from gptjax.files import read_json, write_atomically
 
 CHECKSUMS = "sha256.json"  # the SHA-256 of each file of a checkpoint, since Orbax does not detect every corruption
 SPARE_BYTES = 1 << 20  # for a checkpoint's own description, and for the metrics
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its progress there
+for name in ("absl", "asyncio"):  # Orbax logs its progress, and each part of a failed write
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
-    """The newest checkpoint in a folder. A newer one replaces it as soon as that is complete on disk.
+    """The newest `keep` checkpoints in a folder. An older one is deleted once a newer one is complete on disk.
 
-    A checkpoint holds each tree that `save` got (params, opt_state) and `meta`, a dictionary. Several processes write
-    or read one together, each a part of it. With `read_only`, each process reads on its own.
+    Those of every `keep_every` steps are never deleted. A checkpoint holds each tree that `save` got (params,
+    opt_state) and `meta`, a dictionary. Several processes write or read one together, each a part of it. With
+    `read_only`, each process reads on its own.
     """
 
-    def __init__(self, folder: Path, read_only: bool = False) -> None:
+    def __init__(self, folder: Path, read_only: bool = False, keep: int = 1, keep_every: int | None = None) -> None:
         self.folder, self._alone = folder, read_only
         if bad := set("[]*?") & set(str(folder.absolute())):  # Orbax would take the path for a pattern and save nothing
             raise UserError(f"{folder.absolute()} has {min(bad)!r} in its name: checkpoints cannot be written there")
@@ -35,7 +39,8 @@ class Checkpoints:
         alone = processes(process, active_processes={process}, barrier_sync_key_prefix=f"alone{process}")
         together = processes(barrier_sync_key_prefix=folder.name)  # or the barriers of two folders would be one
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=1,
+            max_to_keep=keep,
+            keep_period=keep_every,
             cleanup_tmp_directories=not read_only,  # of a save that was killed
             read_only=read_only,
             create=not read_only,
@@ -44,12 +49,19 @@ class Checkpoints:
         )
         handlers: Any = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state")}
         handlers["meta"] = ocp.JsonCheckpointHandler()
+        if not read_only:
+            sys.unraisablehook = _without_late_writes
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     @property
     def step(self) -> int | None:
         """The step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, the newest last."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, meta: dict[str, Any], **trees: Any) -> None:
         """Copy the trees off the devices, then write them in the background.
@@ -79,28 +91,56 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            left = f"step {self.step} is the last complete one" if self.step is not None else "there is no earlier one"
+            left = [step for step in self.steps if (self.folder / str(step)).is_dir()]
+            kept = f"step {left[-1]} is the last complete one" if left else "there is no earlier one"
             full = "No space left" in str(error)
             reason, fix = ("the disk is full", "Free space") if full else (first_line(error), "Fix that")
             raise UserError(
-                f"cannot write a checkpoint in {self.folder}: {reason}; {left}. {fix} and continue with --resume"
+                f"cannot write a checkpoint in {self.folder}: {reason}; {kept}. {fix} and continue with --resume"
             ) from error
 
-    def drop_after(self, step: int) -> None:
-        """Delete the checkpoint if its step is later, because a run that resumes earlier will write it again."""
-        if self.step is not None and self.step > step:
-            self._manager.delete(self.step)
+    def drop_after(self, step: int, suffix: str | None = None) -> None:
+        """Delete the later checkpoints, which a run that resumes here writes again, or rename each to STEP.SUFFIX."""
+        for later in [n for n in self.steps if n > step]:
+            if suffix is None:
+                self._manager.delete(later)
+            elif jax.process_index() == 0:
+                aside = self.folder / f"{later}.{suffix}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(later)).rename(aside)
+        distributed.wait_for_all(f"drop/{self.folder.name}/{step}")
+        self._manager.reload()
 
-    def restore(self, **abstract: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The requested trees, as arrays of the given shapes, dtypes and shardings, and `meta`.
+    def newest_intact(self) -> int | None:
+        """The step of the newest checkpoint whose files all are as they were written; None if there is none.
+
+        A note names each damaged one. Several processes each verify a part of the files.
+        """
+        for step in reversed(self.steps):
+            problem = ""
+            try:
+                self._verify_checksums(step)
+            except Exception as error:
+                problem = first_line(error)
+            problems = [*filter(None, distributed.gather(f"verify/{self.folder.name}/{step}", problem))]
+            if not problems:
+                return step
+            print(f"note: the checkpoint {self.folder / str(step)} is damaged and not used: {problems[0]}")
+        return None
+
+    def restore(
+        self, step: int | None = None, verified: bool = False, **abstract: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The requested trees, as arrays of the given shapes, dtypes and shardings, and `meta`, of the newest step.
 
         Raises `UserError` if there is no checkpoint, if it is damaged, or if a parameter's name or shape differs.
         """
-        step = self.step
+        step = self.step if step is None else step
         if step is None:
             raise UserError(f"{self.folder} holds no checkpoint: the run ended before it saved one; start it again")
         with self._reading(step):
-            self._verify_checksums(step)
+            if not verified:
+                self._verify_checksums(step)
             found = self._manager.item_metadata(step)
             if missing := [name for name in abstract if found[name] is None]:
                 raise ValueError(f"it has no {missing[0]}")
@@ -151,6 +191,12 @@ class Checkpoints:
                 raise UserError(f"{problem}: it has {name} {found[name]}, which the model lacks")
             if model[name] != found[name]:
                 raise UserError(f"{problem}: {name} is {found[name]} there and {model[name]} in the model")
+
+
+def _without_late_writes(unraisable: Any) -> None:
+    """A hook for exceptions in threads of C++ that hides those of the remaining writes of a failed checkpoint."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def _sha256(path: Path) -> str:

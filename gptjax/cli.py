@@ -70,8 +70,8 @@ class Parser(argparse.ArgumentParser):
                 self.usage = f"{self.usage} {name.upper()}"
                 self.add_argument(name, metavar=name.upper(), type=_reader(hint), help=spec.metadata["help"], **number)
                 continue
-            if hint is bool:
-                number = {"nargs": "?", "const": True}
+            if hint is bool or "const" in spec.metadata:
+                number = {"nargs": "?", "const": spec.metadata.get("const", True)}
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             text = f"{spec.metadata['help']} (default: {'none' if shown in (None, '') else shown})".replace("%", "%%")
             metavar = type_name(hint).removeprefix("a ").removeprefix("an ")

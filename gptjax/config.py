@@ -14,16 +14,20 @@ from gptjax.errors import UserError
 from gptjax.files import read_json
 
 
-def option(default: Any, help: str, **notes: bool) -> Any:
+def option(default: Any, help: str, **notes: Any) -> Any:
     """A config field with its default and its `--help` text.
 
-    Notes are `free_on_resume` (a resumed run may change the field, since it changes no step's result up to rounding)
-    and, for model fields, `architecture` (the weights determine the field; if false each run chooses it).
+    Notes are `free_on_resume` (a resumed run may change the field, since it changes no step's result up to rounding),
+    `remedy` (a resumed run may change it where the command line names it: a way out of divergence), `const` (the value
+    of an option without one) and, for model fields, `architecture` (the weights determine the field; if false each run
+    chooses it).
     """
-    return field(default=default, metadata={"help": help, "free_on_resume": False, "architecture": True} | notes)
+    usual = {"free_on_resume": False, "remedy": False, "architecture": True}
+    return field(default=default, metadata={"help": help} | usual | notes)
 
 
 free = partial(option, free_on_resume=True)
+remedy = partial(option, remedy=True)
 chosen = partial(option, architecture=False)
 chosen_free = partial(option, architecture=False, free_on_resume=True)
 
@@ -65,12 +69,14 @@ class DataConfig(Section):
     order: Literal["random", "epoch"] = option(
         "random", "'random' windows, or 'epoch': every window once per epoch, shuffled"
     )
+    seed: int | None = remedy(None, "random seed of the batches; none: train.seed")
     sha256: str | None = free(None, "SHA-256 that a download must have")
     dir: str = free("data", "folder for token files and downloads")
 
     def validate(self) -> None:
         self.require(self.vocab_size >= 257, "vocab_size", "is less than 257: 256 bytes and the end-of-text token")
         self.require(0 < self.val_fraction < 1, "val_fraction", "is not between 0 and 1")
+        self.require(0 <= (self.seed or 0) < 2**32, "seed", "is not in [0, 2**32)")
 
 
 LINEAR_LAYERS = ("query", "key", "value", "out", "up", "gate", "down")
@@ -193,8 +199,8 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-    learning_rate: float = option(1e-3, "learning rate at the end of the warm-up")
-    min_learning_rate: float = option(1e-4, "learning rate from the end of the decay on")
+    learning_rate: float = remedy(1e-3, "learning rate at the end of the warm-up")
+    min_learning_rate: float = remedy(1e-4, "learning rate from the end of the decay on")
     schedule: Literal["cosine", "linear"] = option(
         "cosine", "decay after the warm-up: cosine, or constant and then linear (warmup-stable-decay)"
     )
@@ -207,11 +213,11 @@ class OptimizerConfig(Section):
     matrix_optimizer: Literal["adamw", "muon"] = option(
         "adamw", "optimizer of the blocks' kernels; all other parameters have AdamW"
     )
-    muon_learning_rate: float = option(
+    muon_learning_rate: float = remedy(
         0.02, "Muon: learning rate at the end of the warm-up, with the schedule of learning_rate"
     )
     muon_weight_decay: float = option(0.0, "Muon: weight decay")
-    grad_clip: float = option(1.0, "clip the gradient to this global norm; 0: no clipping")
+    grad_clip: float = remedy(1.0, "clip the gradient to this global norm; 0: no clipping")
 
     def validate(self) -> None:
         for name in ("learning_rate", "muon_learning_rate"):
@@ -238,14 +244,20 @@ class TrainConfig(Section):
         0, "validation batches in an evaluation; 0: the whole split, each token once; at most 4 before the first step"
     )
     save_interval: int = free(250, "steps between checkpoints; the last step is always saved")
+    keep_checkpoints: int = free(2, "newest checkpoints that are kept; if one is damaged, --resume uses the one before")
+    keep_every: int | None = free(None, "keep for good the checkpoints at multiples of this many steps")
     log_interval: int = free(10, "steps between rows of metrics.csv")
     patience: int = free(0, "stop after this many evaluations without a better validation loss; 0: never")
+    max_skipped: int = free(
+        10, "updates in a row that are skipped because the loss or the gradient is not finite, before the run stops"
+    )
     seed: int = option(1337, "random seed of initialization, batches and dropout")
 
     def validate(self) -> None:
-        for name in ("max_steps", "batch_size", "accumulate", "eval_interval", "save_interval", "log_interval"):
-            self.require(getattr(self, name) > 0, name, "is not positive")
-        for name in ("eval_batches", "patience"):
+        intervals = ("eval_interval", "save_interval", "log_interval", "keep_checkpoints", "keep_every")
+        for name in ("max_steps", "batch_size", "accumulate", *intervals):
+            self.require(getattr(self, name) is None or getattr(self, name) > 0, name, "is not positive")
+        for name in ("eval_batches", "patience", "max_skipped"):
             self.require(getattr(self, name) >= 0, name, "is negative")
         self.require(0 <= self.seed < 2**32, "seed", "is not in [0, 2**32)")
         divides = f"does not divide into train.accumulate={self.accumulate} equal micro-steps"
@@ -303,7 +315,11 @@ class Config(Section):
         Raises:
             UserError: the file is missing or damaged, or has fields that this version does not know.
         """
-        sections = read_json(path)
+        return Config.from_dict(read_json(path), path)
+
+    @staticmethod
+    def from_dict(sections: dict[str, Any], path: Path) -> "Config":
+        """The config of the dictionary in `path`, which errors name."""
         try:
             for name, harmless in RETIRED.items():
                 section, _, field = name.partition(".")

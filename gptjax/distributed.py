@@ -108,6 +108,21 @@ def after_first(key: str, function: Callable[[], Any]) -> Any:
     return result if is_first() else function()
 
 
+def wait_for_all(key: str) -> None:
+    """Return once all processes have called it. A run uses each key once."""
+    if count() > 1:
+        coordination.barrier(key)
+
+
+def gather(key: str, value: str) -> list[str]:
+    """Return, in every process, the values of all of them. A run uses each key once."""
+    if count() == 1:
+        return [value]
+    coordination.write(f"{key}/{index()}", value)
+    coordination.barrier(key)
+    return list(coordination.read_all(key).values())
+
+
 def require_same(key: str, values: dict[str, Any]) -> None:
     """Raise `UserError` for the first of the values that differs from process 0's."""
     ours = "\n".join(f"{name}={value}" for name, value in values.items())
@@ -129,7 +144,7 @@ def require_shared(folder: Path) -> None:
         if time.monotonic() > end:
             raise UserError(f"{folder} is not the folder of process 0: put --out_dir on storage that all hosts share")
         time.sleep(0.2)
-    coordination.barrier("shared")
+    wait_for_all("shared")
     token.unlink(missing_ok=True)
 
 

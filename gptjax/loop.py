@@ -1,9 +1,10 @@
 """The training loop: a run from its first step, or from its last checkpoint, to its report."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,7 +23,7 @@ from gptjax.errors import UserError, first_line
 from gptjax.files import write_atomically
 from gptjax.metrics import Metrics
 from gptjax.resolve import resolve
-from gptjax.run_dir import require_resumable
+from gptjax.run_dir import require_resumable, saved_config
 from gptjax.sharding import batch_sharding, make_mesh, memory
 from gptjax.training import Steps, TrainState, compile_steps, state_bytes
 
@@ -38,6 +39,7 @@ class Progress:
     best_step: int = 0
     best_val_loss: float = math.inf
     evaluated_step: int | None = None  # the last one; None in checkpoints of version 0.1
+    skipped: int = 0  # updates whose loss or gradient was not finite
 
 
 class Run(NamedTuple):
@@ -68,17 +70,20 @@ def train(
     resume: bool,
     weights: InitialWeights | None = None,
     sample: Callable[[Path], str] | None = None,
+    from_step: int | None = None,
+    named: Collection[str] = (),
 ) -> int:
     """Train, evaluate, save and report; return the exit code, 0 or 128 + the signal that stopped the run.
 
     A new run starts from `weights`, by default random ones. `sample` gives a text from a finished run's folder, for the
-    report.
+    report. A run resumes from its newest intact checkpoint, or from that of `from_step`; the config may differ from
+    that checkpoint's as `run_dir.require_resumable` says of `named`.
 
     Raises:
         UserError: the config does not fit the data, the devices or the run to resume; the loss diverged; a checkpoint
             cannot be read or written.
     """
-    saved = Config.from_json(run_dir / "config.json") if resume else None
+    saved = saved_config(run_dir, step=from_step) if resume else None
     dataset = distributed.after_first("data", lambda: load_dataset(config.data))
     if weights:
         weights.require_fit(dataset, run_dir)
@@ -89,15 +94,18 @@ def train(
     mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate, state_bytes(config))
     config = replace(config, mesh=MeshConfig(**mesh.shape))  # a resumed run on this mesh is equal bit for bit
     if saved:
-        require_resumable(saved, config)
+        require_resumable(saved, config, named)
     with ExitStack() as stack:
-        latest, best = _checkpoints(run_dir, resume, stack)
+        latest, best = _checkpoints(run_dir, config, resume, stack)
         peak = _peak(mesh, model.dtype)  # before anything is compiled beside it
         # Compiled ahead, unless weights are loaded first.
         steps = compile_steps(replace(config, model=model), mesh, ahead=not resume and weights is None)
         run = Run(config, run_dir, dataset, mesh, steps, latest, best)
         stop = stack.enter_context(StopSignal(mesh))
-        state, progress = _resume(run) if resume else (_start(run, weights), Progress(dataset.fingerprint()))
+        if resume:
+            state, progress = _resume(run, from_step)
+        else:
+            state, progress = _start(run, weights), Progress(dataset.fingerprint())
         weights = None  # frees the parameters that it may hold
         if int(state.step) >= config.train.max_steps and (run_dir / "report.md").exists():
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
@@ -125,13 +133,13 @@ def fit_to_data(config: Config, dataset: Dataset, saved: Config | None = None) -
     return replace(config, model=model)
 
 
-def _checkpoints(run_dir: Path, resume: bool, stack: ExitStack) -> list[Checkpoints]:
+def _checkpoints(run_dir: Path, config: Config, resume: bool, stack: ExitStack) -> list[Checkpoints]:
     """The run's latest and best checkpoints, on a folder that all processes share."""
     run_dir.mkdir(parents=True, exist_ok=True)
     distributed.require_shared(run_dir)
-    latest, best = [
-        stack.enter_context(closing(Checkpoints(run_dir / "checkpoints" / name))) for name in ("latest", "best")
-    ]
+    folder, options = run_dir / "checkpoints", config.train
+    several = Checkpoints(folder / "latest", keep=options.keep_checkpoints, keep_every=options.keep_every)
+    latest, best = [stack.enter_context(closing(each)) for each in (several, Checkpoints(folder / "best"))]
     distributed.require_same("checkpoints", {"resume": resume, "latest": latest.step, "best": best.step})
     if not resume:
         best.drop_after(-1)  # left by a run that was killed before it saved its state
@@ -145,19 +153,40 @@ def _start(run: Run, weights: InitialWeights | None) -> TrainState:
     return run.steps.start(weights.load(run.config.model, run.steps.state.params, run.config.train.seed))
 
 
-def _resume(run: Run) -> tuple[TrainState, Progress]:
-    abstract = run.steps.state
-    trees, meta = run.latest.restore(params=abstract.params, opt_state=abstract.opt_state)
-    progress, step = Progress(**meta), run.latest.step or 0
+def _resume(run: Run, from_step: int | None) -> tuple[TrainState, Progress]:
+    """The state of the newest intact checkpoint, or of `from_step`; later ones are set aside."""
+    abstract, step = run.steps.state, _step_to_resume(run, from_step)
+    trees, meta = run.latest.restore(step, verified=True, params=abstract.params, opt_state=abstract.opt_state)
+    progress = Progress(**{name: value for name, value in meta.items() if name != "config"})
     if progress.data != run.dataset.fingerprint():
         raise UserError(
             f"cannot resume: the tokens of data.source={run.config.data.source} are not those that {run.folder} was "
             f"trained on; restore that text, or start a new run without --resume"
         )
-    run.best.drop_after(step)
+    run.latest.drop_after(step, "unused")
+    run.best.drop_after(step, None if from_step is None else "unused")  # without a choice it is written again, alike
     if run.best.step != progress.best_step:  # the run was killed between the two saves: the best one is found again
         progress.best_step, progress.best_val_loss = 0, math.inf
     return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), **trees), progress
+
+
+def _step_to_resume(run: Run, from_step: int | None) -> int:
+    kept = run.latest.steps
+    if from_step is not None:
+        if from_step not in kept:
+            steps = ", ".join(map(str, kept))
+            raise UserError(f"{run.folder} has no checkpoint of step {from_step}: pass --resume with one of {steps}")
+        if later := [step for step in kept if step > from_step]:
+            names = " and ".join(f"{run.latest.folder / str(step)}.unused" for step in later)
+            print(f"note: later checkpoints are set aside as {names}: delete them when you need them no more")
+        return from_step
+    step = run.latest.newest_intact()
+    if step is None:
+        raise UserError(
+            f"all checkpoints in {run.latest.folder} are damaged: restore one from a copy, or start a new run from the "
+            f"best parameters with --init_from {run.folder} and another --out_dir"
+        )
+    return step
 
 
 def _train_and_report(
@@ -176,13 +205,14 @@ def _train_and_report(
     step_flops = flops.step_flops(config, run.steps.state.params)
     _introduce(run, start, step_flops, peak)
     token_flops = step_flops / (config.train.batch_size * config.model.block_size)
-    with Metrics(run.folder, config, start, progress.seconds, token_flops, peak) as metrics:
+    with Metrics(run.folder, config, start, progress.seconds, token_flops, peak, partial(_place, run)) as metrics:
+        metrics.skipped = progress.skipped
         step = _loop(run, state, progress, metrics, stop)
     if stop.agreed and step < config.train.max_steps:
         print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run.folder}")
         return 128 + stop.agreed
     if distributed.is_first():
-        _report(run, token_flops / peak, sample)
+        _report(run, progress, token_flops / peak, sample)
     return 0
 
 
@@ -204,7 +234,7 @@ def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, sto
             finished = step == options.max_steps
             if options.evaluates(step):
                 finished |= _evaluate(run, state, progress, metrics, stop)
-            if step % options.save_interval == 0:
+            if step % options.save_interval == 0 and run.latest.step != step:
                 _save(run, state, progress, metrics)
     metrics.flush(last=True)
     if run.latest.step != step:
@@ -233,7 +263,10 @@ def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics,
         better = val_loss < progress.best_val_loss
         if better:
             progress.best_step, progress.best_val_loss = step, val_loss
-            run.best.save(step, asdict(progress), params=state.params)
+            if run.latest.step is None and step > 0:  # so best parameters without any state are a run cut short
+                _save(run, state, progress, metrics)
+                run.latest.wait()
+            run.best.save(step, _meta(run, progress), params=state.params)
         metrics.print(f"step {step:,}: validation loss {val_loss:.4f}" + (", the best so far" if better else ""))
         if distributed.is_first() and step:
             try:
@@ -246,8 +279,12 @@ def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics,
 def _save(run: Run, state: TrainState, progress: Progress, metrics: Metrics) -> None:
     metrics.flush()
     with metrics.pause("saving"):
-        progress.seconds = metrics.seconds
-        run.latest.save(metrics.step, asdict(progress), params=state.params, opt_state=state.opt_state)
+        progress.seconds, progress.skipped = metrics.seconds, metrics.skipped
+        run.latest.save(metrics.step, _meta(run, progress), params=state.params, opt_state=state.opt_state)
+
+
+def _meta(run: Run, progress: Progress) -> dict[str, Any]:
+    return asdict(progress) | {"config": asdict(run.config)}
 
 
 def validation_loss(
@@ -279,20 +316,24 @@ def validation_loss(
 
 def _batch_maker(run: Run) -> Callable[[int], jax.Array]:
     """The function from a step to its training batch [A, B, W] on the mesh."""
-    options, tokens = run.config.train, run.dataset.train
 
     def make(step: int) -> jax.Array:
-        starts_B = batches.starts(
-            len(tokens),
-            block_size=run.config.model.block_size,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            step=step,
-            order=run.config.data.order,
-        )
-        return _put_windows(run, tokens, starts_B.reshape(options.accumulate, -1))
+        starts_B = batch_starts(run.config, len(run.dataset.train), step)
+        return _put_windows(run, run.dataset.train, starts_B.reshape(run.config.train.accumulate, -1))
 
     return make
+
+
+def batch_starts(config: Config, n_tokens: int, step: int) -> np.ndarray:
+    """Where in the training split the windows of the batch begin that follows step `step`."""
+    return batches.starts(
+        n_tokens,
+        block_size=config.model.block_size,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed if config.data.seed is None else config.data.seed,
+        step=step,
+        order=config.data.order,
+    )
 
 
 def _put_windows(run: Run, tokens: Tokens, starts_AB: np.ndarray) -> jax.Array:
@@ -344,7 +385,14 @@ def _introduce(run: Run, step: int, step_flops: int, peak: float) -> None:
     print(f"devices: {len(devices)} x {devices[0].device_kind}{hosts} ({mesh}){peak_text}", flush=True)
 
 
-def _report(run: Run, mfu_per_token_rate: float, sample: Callable[[Path], str] | None) -> None:
+def _place(run: Run, step: int) -> str:
+    """A step and where its batch is in the data, for notes."""
+    starts = batch_starts(run.config, len(run.dataset.train), step - 1)
+    some = ", ".join(f"{start:,}" for start in starts[:3]) + (", ..." if len(starts) > 3 else "")
+    return f"step {step:,} (windows of the training split from tokens {some})"
+
+
+def _report(run: Run, progress: Progress, mfu_per_token_rate: float, sample: Callable[[Path], str] | None) -> None:
     """Print the report, with a sample where one device holds the parameters with room to spare, and write report.md."""
     some, tokenizer = run.dataset.val.window(0, 100_000), run.dataset.tokenizer
     try:
@@ -362,6 +410,7 @@ def _report(run: Run, mfu_per_token_rate: float, sample: Callable[[Path], str] |
         characters_per_token=len(tokenizer.decode(some)) / len(some),
         mfu=None if math.isnan(mfu) else mfu,
         peak_memory=report.peak_memory_bytes(run.mesh.local_devices),
+        skipped=progress.skipped,
         sample=_sampled(run, sample) if sample and fits else None,
     )
     write_atomically(run.folder / "report.md", text)

@@ -5,7 +5,7 @@ import csv
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,20 +21,49 @@ from gptjax.files import write_atomically
 
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second")
 SECONDS_BETWEEN_LINES = 5.0  # where the output is not a terminal
+SPIKE = 6.0  # standard deviations
+
+
+class Spikes:
+    """Finds the steps at which the loss jumps: by more than `SPIKE` standard deviations of its recent values."""
+
+    def __init__(self) -> None:
+        self._mean, self._variance, self._n, self._far = 0.0, 0.0, 0, False
+
+    def jumps(self, loss: float) -> bool:
+        """Whether this loss is a spike after those before; one is reported once, until the loss is back."""
+        rise, self._n = loss - self._mean, self._n + 1
+        far = self._n > 50 and rise > max(SPIKE * math.sqrt(self._variance), 0.1 * self._mean)
+        again, self._far = far and self._far, far
+        if not far:
+            weight = max(0.02, 1 / self._n)
+            self._mean += weight * rise
+            self._variance += weight * (rise**2 * (1 - weight) - self._variance)
+        return far and not again
 
 
 class Metrics:
     """Reads each step's metrics off the device one step late, so that the device never waits for the host.
 
     It writes a row every log_interval steps and at every evaluation. There train_loss is the mean over the steps since
-    the last row, learning_rate and grad_norm are those of the step, and tokens_per_second excludes evaluations and
-    checkpoints.
+    the last row (without those that were not finite), learning_rate and grad_norm are those of the step, and
+    tokens_per_second excludes evaluations and checkpoints.
     """
 
-    def __init__(self, run_dir: Path, config: Config, start: int, seconds: float, flops: float, peak: float) -> None:
-        """`seconds` is the run's time until step `start`, `flops` are those of a token, and `peak` the FLOP/s of all
-        devices (nan: unknown)."""
-        self.config, self.step = config, start
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        start: int,
+        seconds: float,
+        flops: float,
+        peak: float,
+        place: Callable[[int], str] = "step {:,}".format,
+    ) -> None:
+        """`seconds` is the run's time until step `start`, `flops` are those of a token, `peak` the FLOP/s of all
+        devices (nan: unknown), and `place` names a step and its place in the data."""
+        self.config, self.step, self._place = config, start, place
+        self.skipped, self._skipped_in_a_row, self._spikes = 0, 0, Spikes()
         self._tokens_per_step = config.train.batch_size * config.model.block_size
         self._mfu_per_token_rate = flops / peak
         self._pending: tuple[int, Any] | None = None
@@ -63,7 +92,8 @@ class Metrics:
     def flush(self, last: bool = False) -> None:
         """Wait for the step that was added last, and write its row if it is due or if no step follows.
 
-        Raises `UserError` if its loss or its gradient is not finite.
+        A step whose loss or gradient is not finite changed nothing (`training.train_step`); it is counted in `skipped`.
+        Raises `UserError` after more than train.max_skipped of them in a row.
         """
         if self._pending is None:
             if last and self._losses:
@@ -71,17 +101,31 @@ class Metrics:
             return
         (self.step, metrics), self._pending = self._pending, None
         self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        loss, norm, train = self._last["train_loss"], self._last["grad_norm"], self.config.train
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            names = ["learning_rate", *["muon_learning_rate"] * (self.config.optimizer.matrix_optimizer == "muon")]
-            rates = " or ".join(f"optimizer.{name}={getattr(self.config.optimizer, name)}" for name in names)
-            raise UserError(
-                f"train_loss={loss} and grad_norm={norm} at step {self.step}: the run diverged; lower {rates}, "
-                "warm up for longer or clip harder; its checkpoints are kept"
-            )
-        self._losses.append(loss)
+        loss, train = self._last["train_loss"], self.config.train
+        if math.isfinite(loss) and math.isfinite(self._last["grad_norm"]):
+            self._skipped_in_a_row = 0
+            self._losses.append(loss)
+            if self._spikes.jumps(loss):
+                self.print(f"note: the training loss jumped to {loss:.4f} at {self._place(self.step)}")
+        else:
+            self._skip()
         if last or (self.step % train.log_interval == 0 and not train.evaluates(self.step)):
             self.row()
+
+    def _skip(self) -> None:
+        self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
+        problem = f"train_loss={self._last['train_loss']} and grad_norm={self._last['grad_norm']}"
+        place = self._place(self.step)
+        if self._skipped_in_a_row <= self.config.train.max_skipped:
+            self.print(f"note: {problem} at {place}: its update is skipped")
+            return
+        names = ["learning_rate", *["muon_learning_rate"] * (self.config.optimizer.matrix_optimizer == "muon")]
+        rates = " and ".join(f"--optimizer.{name} (now {getattr(self.config.optimizer, name)})" for name in names)
+        raise UserError(
+            f"the run diverged: {problem} at {place}, after {self._skipped_in_a_row - 1} skipped updates in a row; "
+            f"its checkpoints are kept: continue from an earlier one with --resume STEP and a lower {rates}, a lower "
+            f"--optimizer.grad_clip (now {self.config.optimizer.grad_clip}) or another --data.seed"
+        )
 
     def row(self, val_loss: float | None = None) -> None:
         """Write a row for the steps since the last one."""

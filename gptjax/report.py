@@ -157,6 +157,7 @@ def run_report(
     characters_per_token: float | None = None,
     mfu: float | None = None,
     peak_memory: int | None = None,
+    skipped: int = 0,
     sample: str | None = None,
 ) -> str:
     """A summary of a finished run in Markdown that is also readable in a terminal.
@@ -173,6 +174,7 @@ def run_report(
         "tokens/s (median)": f"{np.median(rates):,.0f}" if len(rates) else "-",
         "model FLOPs utilization": f"{mfu:.1%}" if mfu is not None else "",
         "peak memory": f"{peak_memory / 2**30:.2f} GiB" if peak_memory is not None else "",
+        "skipped updates": f"{skipped:,} (loss or gradient not finite)" if skipped else "",
         **_loss_rows(metrics, characters_per_token),
     }
     cells = [("", ""), *[row for row in rows.items() if row[1]]]

@@ -1,6 +1,10 @@
 """The run directory: the config, tokenizer, checkpoints and metrics of a run in one self-contained folder."""
 
+import contextlib
+import itertools
 import re
+from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,40 +13,74 @@ import jax
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, field_metadata, flat
 from gptjax.errors import UserError
+from gptjax.files import LOCK, InUse, locked, read_json
 from gptjax.sharding import one_device, with_shardings
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import init_state
 
+# What a run writes in its folder, and other programs may have there.
+OWN_FILES = ("config.json", "tokenizer.json", "metrics.csv", "loss.png", "report.md", "checkpoints", "tensorboard")
 
-def new_run_dir(name: str, out_dir: str | None) -> Path:
-    """The folder for a new run: `out_dir`, or else the first of out/NAME, out/NAME-2, out/NAME-3, ... without a run.
 
-    Raises `UserError` if `out_dir` already holds a run.
+def new_run_dir(name: str, out_dir: str | None, lock: ExitStack) -> Path:
+    """The folder for a new run, locked: `out_dir`, or else the first of out/NAME, out/NAME-2, ... without a run.
+
+    Raises `UserError` if `out_dir` already holds a run or other files, or is in use.
     """
     if out_dir is not None:
-        if holds_run(Path(out_dir)):
-            raise UserError(f"{out_dir} already holds a run; continue it with --resume or choose another --out_dir")
-        return Path(out_dir)
-    path, number = Path("out") / name, 1
-    while holds_run(path):
-        number += 1
-        path = Path("out") / f"{name}-{number}"
-    return path
+        path = Path(out_dir)
+        _require_vacant(path)
+        lock.enter_context(locked(path))
+        return path
+    for number in itertools.count(1):
+        path = Path("out", name if number == 1 else f"{name}-{number}")
+        if not holds_run(path):
+            with contextlib.suppress(InUse):
+                lock.enter_context(locked(path))
+                return path
+    raise AssertionError
+
+
+def _require_vacant(path: Path) -> None:
+    if can_resume(path):
+        raise UserError(f"{path} already holds a run; continue it with --resume or choose another --out_dir")
+    if best := [step for step in _steps(path, "best") if step > 0]:
+        kept = path / "checkpoints" / "best" / str(best[-1])
+        raise UserError(
+            f"{path} holds {kept}, but no state of a run to continue: name another --out_dir (to start from these "
+            f"parameters: --init_from {path})"
+        )
+    if taken := [each for each in OWN_FILES if (path / each).exists() and not (path / LOCK).exists()]:
+        raise UserError(f"{path} holds another program's {taken[0]}, which a run would replace: name another --out_dir")
 
 
 def holds_run(path: Path) -> bool:
     """Whether `path` holds a run with any checkpoint."""
-    return _has_checkpoint(path, "*")
+    return bool(_steps(path, "*"))
 
 
 def can_resume(path: Path) -> bool:
     """Whether `path` holds a run that can continue. A run that was killed before its first save cannot."""
-    return _has_checkpoint(path, "latest")
+    return bool(_steps(path, "latest"))
 
 
-def _has_checkpoint(path: Path, which: str) -> bool:
-    steps = (path / "checkpoints").glob(f"{which}/*")
-    return (path / "config.json").exists() and any(step.name.isdecimal() for step in steps)
+def _steps(path: Path, which: str) -> list[int]:
+    """The steps of the checkpoints in a run's folder, which need not be intact."""
+    return sorted(int(step.name) for step in (path / "checkpoints").glob(f"{which}/*") if step.name.isdecimal())
+
+
+def saved_config(path: Path, which: Literal["best", "latest"] = "latest", step: int | None = None) -> Config:
+    """The config of a run's checkpoint, by default of the newest one.
+
+    Each checkpoint carries its config; those of version 0.1 have it in the run's config.json alone. Raises `UserError`
+    if none can be read.
+    """
+    for number in reversed(_steps(path, which)) if step is None else [step]:
+        meta = path / "checkpoints" / which / str(number) / "meta" / "metadata"
+        with contextlib.suppress(UserError):
+            if (values := read_json(meta).get("config")) is not None:
+                return Config.from_dict(values, meta)
+    return Config.from_json(path / "config.json")
 
 
 def newest_run(name: str | None = None) -> Path:
@@ -58,29 +96,44 @@ def newest_run(name: str | None = None) -> Path:
 
 
 def load_run(path: Path, which: Literal["best", "latest"]) -> tuple[Config, Any, Tokenizer]:
-    """The config, parameters (on the default device) and tokenizer of a run; `UserError` if any cannot be read."""
-    config = Config.from_json(path / "config.json")
-    abstract = with_shardings(one_device(), jax.eval_shape(lambda: init_state(config)).params)
-    trees, _ = Checkpoints(path / "checkpoints" / which, read_only=True).restore(params=abstract)
+    """The config, parameters (on the default device) and tokenizer of a run; `UserError` if any cannot be read.
+
+    The run may be training: a checkpoint that it replaces meanwhile is read anew.
+    """
+    before = _steps(path, which)
+    try:
+        config = saved_config(path, which)
+        abstract = with_shardings(one_device(), jax.eval_shape(lambda: init_state(config)).params)
+        trees, _ = Checkpoints(path / "checkpoints" / which, read_only=True).restore(params=abstract)
+    except UserError:
+        if _steps(path, which) == before:
+            raise
+        return load_run(path, which)
     return config, trees["params"], Tokenizer.load(path / "tokenizer.json")
 
 
 def trained_tokens(path: Path, which: Literal["best", "latest"]) -> int:
     """The tokens that a run's checkpoint was trained on, those of every epoch counted."""
-    config = Config.from_json(path / "config.json")
+    config = saved_config(path, which)
     step = Checkpoints(path / "checkpoints" / which, read_only=True).step or 0
     return step * config.train.batch_size * config.model.block_size
 
 
-def require_resumable(saved: Config, config: Config) -> None:
-    """Raise `UserError` with the field that keeps `config` from continuing exactly the run that has `saved`."""
+def require_resumable(saved: Config, config: Config, named: Collection[str] = ()) -> None:
+    """Raise `UserError` with the field that keeps `config` from continuing exactly the run that has `saved`.
+
+    A remedy against divergence, such as a lower learning rate, is taken with a note where `named`, the fields on the
+    command line, has it.
+    """
     old, new = flat(saved), flat(config)
-    for name in old:
-        if not field_metadata(name)["free_on_resume"] and old[name] != new[name]:
-            raise UserError(
-                f"cannot resume with {name}={new[name]}: the run has {old[name]}; "
-                f"pass --{name} {old[name]} or start a new run (without --resume, with another --out_dir)"
-            )
+    for name in [name for name in old if old[name] != new[name] and not field_metadata(name)["free_on_resume"]]:
+        if field_metadata(name)["remedy"] and name in named:
+            print(f"note: {name} was {old[name]} and is {new[name]} from here on")
+            continue
+        raise UserError(
+            f"cannot resume with {name}={new[name]}: the run has {old[name]}; "
+            f"pass --{name} {old[name]} or start a new run (without --resume, with another --out_dir)"
+        )
     if saved.mesh != config.mesh:
         print(f"note: the mesh of the run was {saved.mesh} and is now {config.mesh}: equal up to rounding only")
     before, after = [c.optimizer.decay_steps or c.train.max_steps for c in (saved, config)]

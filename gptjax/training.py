@@ -108,17 +108,22 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the mean loss of all A x B windows: the next state, and metrics.
 
-    Dropout is keyed by train.seed and the step, so the result is a function of state and batch alone.
+    Dropout is keyed by train.seed and the step, so the result is a function of state and batch alone. Where the loss or
+    the gradient is not finite, parameters and optimizer state stay as they are.
     """
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     loss, grads = gradient(config, key, state.params, windows_ABW)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
+    updated = optax.apply_updates(state.params, updates), opt_state
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params, opt_state = jax.tree.map(partial(jnp.where, finite), updated, (state.params, state.opt_state))
     metrics = {
         "train_loss": loss,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
         "learning_rate": make_schedule(config.optimizer, config.train.max_steps)(state.step),
     }
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def eval_step(config: Config, params: Any, windows_ABW: Int[Array, "1 B W"]) -> Float[Array, "2"]:

@@ -101,3 +101,21 @@ def test_a_full_disk_keeps_the_checkpoint_and_a_later_one_can_be_dropped(saved, 
     assert checkpoints.step == 2
     checkpoints.drop_after(1)
     assert checkpoints.step is None
+
+
+def test_older_ones_are_kept_and_used_when_the_newest_is_damaged(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path / "latest", keep=2, keep_every=4)
+    for step in range(1, 8):
+        checkpoints.save(step, {}, params={"a": jnp.full(3, step)})
+    checkpoints.wait()
+    assert checkpoints.steps == [4, 6, 7] and checkpoints.newest_intact() == 7
+    damaged = next(path for path in (checkpoints.folder / "7" / "params").rglob("*") if path.is_file())
+    damaged.write_bytes(b"")
+    assert checkpoints.newest_intact() == 6 and "latest/7 is damaged and not used" in capsys.readouterr().out
+    checkpoints.drop_after(6, "unused")
+    assert checkpoints.steps == [4, 6] and (checkpoints.folder / "7.unused").is_dir()
+    checkpoints.save(7, {}, params={"a": jnp.full(3, 7)})
+    checkpoints.close()
+    again = Checkpoints(checkpoints.folder, read_only=True)
+    assert again.steps == [4, 6, 7]
+    assert again.restore(6, params=abstract({"a": np.zeros(3, np.int32)}))[0]["params"]["a"][0] == 6

@@ -116,11 +116,37 @@ def test_best_and_latest_are_both_kept_and_an_overfitting_run_can_stop_early(dat
     assert f"at step {best}" in capsys.readouterr().out
 
 
-def test_a_run_that_diverges_ends_with_one_line_and_keeps_what_was_saved(data, tmp_path):
+def test_a_run_that_diverges_skips_updates_and_then_ends_with_its_state_as_it_was(data, tmp_path, state_of, capsys):
     config = config_with(data, optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=3, grad_clip=0.0))
-    with pytest.raises(UserError, match=r"train_loss=.* and grad_norm=.* at step \d+: the run diverged"):
+    config = with_train(config, max_skipped=2, save_interval=1, max_steps=20)
+    with pytest.raises(UserError, match=r"diverged: train_loss=.* and grad_norm=.* at step \d+ .* from tokens [\d, ]+"):
         train(config, tmp_path / "run", resume=False)
+    step, trees = state_of(tmp_path / "run")
+    assert step and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees))
+    assert capsys.readouterr().out.count("its update is skipped") == 2
     load_run(tmp_path / "run", "best")
+
+
+def test_a_run_continues_from_an_earlier_checkpoint_if_the_newest_is_damaged_or_unwanted(
+    data, tmp_path, state_of, capsys
+):
+    config, run_dir = with_train(config_with(data), save_interval=5, eval_interval=12), tmp_path / "run"
+    train(config, run_dir, resume=False)
+    step, whole = state_of(run_dir)
+    latest = run_dir / "checkpoints" / "latest"
+    assert step == 12 and {path.name for path in latest.iterdir()} == {"10", "12"}
+    next(path for path in (latest / "12" / "opt_state").rglob("d/*")).write_bytes(b"")
+    train(config, run_dir, resume=True)
+    assert "latest/12 is damaged and not used" in capsys.readouterr().out
+    assert jax.tree.all(jax.tree.map(np.array_equal, state_of(run_dir)[1], whole))
+
+    with pytest.raises(UserError, match="no checkpoint of step 11: pass --resume with one of 10, 12"):
+        train(config, run_dir, resume=True, from_step=11)
+    gentler = replace(config, optimizer=replace(config.optimizer, learning_rate=5e-4))
+    train(gentler, run_dir, resume=True, from_step=10, named={"optimizer.learning_rate"})
+    assert {path.name for path in latest.iterdir()} == {"10", "12", "12.unused"}
+    assert not jax.tree.all(jax.tree.map(np.array_equal, state_of(run_dir)[1], whole))
+    assert load_run(run_dir, "latest")[0].optimizer.learning_rate == 5e-4
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import csv
 import errno
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
@@ -65,12 +66,27 @@ def test_a_run_that_stops_between_rows_writes_one_more(tmp_path):
     assert (last["step"], last["train_loss"]) == ("7", "7.0")
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, loss):
-    with Metrics(tmp_path, CONFIG, 0, 0.0, flops=1.0, peak=1.0) as metrics:
-        metrics.add(1, values(loss))
-        with pytest.raises(UserError, match=r"train_loss=(nan|inf) .* at step 1: .*optimizer.learning_rate=0.001"):
-            metrics.add(2, values(1.0))
+def test_updates_that_are_not_finite_are_counted_and_too_many_end_the_run(tmp_path, capsys):
+    config = replace(CONFIG, train=replace(CONFIG.train, max_skipped=2, max_steps=100))
+    with Metrics(tmp_path, config, 0, 0.0, flops=1.0, peak=1.0) as metrics:
+        losses = [1.0, math.nan, math.inf, 3.0, math.nan, math.nan, math.nan]
+        for step, loss in enumerate(losses, 1):
+            metrics.add(step, values(loss))
+        assert metrics.skipped == 4
+        with pytest.raises(
+            UserError, match=r"diverged: train_loss=nan .* at step 7, after 2 .*learning_rate \(now 0.001"
+        ):
+            metrics.flush()
+    assert "note: train_loss=inf and grad_norm=1.0 at step 3: its update is skipped" in capsys.readouterr().out
+    assert read_metrics(tmp_path / "metrics.csv")["train_loss"].tolist() == [1.0, 3.0]  # of the steps that counted
+
+
+def test_a_jump_of_the_loss_is_noted_once(tmp_path, capsys):
+    config = replace(CONFIG, train=replace(CONFIG.train, max_steps=100, log_interval=1000))
+    with Metrics(tmp_path, config, 0, 0.0, flops=1.0, peak=1.0) as metrics:
+        for step in range(1, 100):
+            metrics.add(step, values(9.0 if step in (80, 81, 82) else 3 + 2 / step + 0.1 * (step % 2)))
+    assert capsys.readouterr().out.count("note:") == 1
 
 
 def test_a_log_that_cannot_be_written_is_a_note_and_the_run_continues(tmp_path, capsys, monkeypatch):

@@ -3,11 +3,13 @@
 import dataclasses
 import os
 import typing
+from contextlib import ExitStack
 
 import pytest
 
 from gptjax.config import Config, DataConfig, OptimizerConfig, TrainConfig, field_metadata, flat
 from gptjax.errors import UserError
+from gptjax.files import InUse
 from gptjax.run_dir import new_run_dir, newest_run, require_resumable
 
 
@@ -17,19 +19,52 @@ def make_run(path, seconds):
     os.utime(path / "checkpoints" / "latest", (seconds, seconds))
 
 
+def claim(name, out_dir=None):
+    """The folder of a new run, whose process has ended."""
+    with ExitStack() as lock:
+        return str(new_run_dir(name, out_dir, lock))
+
+
 def test_a_new_run_never_overwrites_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = []
     for i in range(3):
-        path = new_run_dir("x", None)
-        names.append(str(path))
-        make_run(path, i)
+        names.append(claim("x"))
+        make_run(tmp_path / names[-1], i)
     assert names == ["out/x", "out/x-2", "out/x-3"]
     (tmp_path / "out/x-4").mkdir()  # a run that never saved
-    assert str(new_run_dir("x", None)) == "out/x-4"
-    assert str(new_run_dir("x", "elsewhere")) == "elsewhere"
+    assert claim("x") == "out/x-4"
+    assert claim("x", "elsewhere") == "elsewhere"
     with pytest.raises(UserError, match=r"out/x already holds a run; .*--resume"):
-        new_run_dir("x", "out/x")
+        claim("x", "out/x")
+
+
+def test_two_runs_that_start_at_once_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ExitStack() as one, ExitStack() as other:
+        assert [str(new_run_dir("x", None, lock)) for lock in (one, other)] == ["out/x", "out/x-2"]
+        with pytest.raises(InUse, match="out/x is in use"):
+            claim("x", "out/x")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["config.json"], "holds another program's config.json"),
+        (["checkpoints/best/40/meta"], "holds .*best/40, but no state of a run to continue"),
+        (["notes.txt"], None),
+        ([".lock", "config.json", "metrics.csv", "checkpoints/best/0/meta"], None),  # killed before its first save
+    ],
+)
+def test_a_folder_with_anything_of_worth_is_not_taken(tmp_path, files, words):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    if words is None:
+        assert claim("x", str(tmp_path)) == str(tmp_path)
+        return
+    with pytest.raises(UserError, match=words):
+        claim("x", str(tmp_path))
 
 
 def test_the_newest_run_is_the_one_that_saved_last(tmp_path, monkeypatch):
@@ -62,12 +97,16 @@ def with_another(name):
     raise AssertionError(f"no other value of {name} is valid")
 
 
-def test_every_field_that_would_change_the_run_is_refused_by_name():
+def test_every_field_that_would_change_the_run_is_refused_by_name(capsys):
+    """Remedies against divergence are taken where the command line names them."""
     for name in flat(BASE).keys() - {"optimizer.decay_steps"}:  # the next test's
         changed, value = with_another(name)
         if field_metadata(name)["free_on_resume"]:
             require_resumable(BASE, changed)
             continue
+        if field_metadata(name)["remedy"]:
+            require_resumable(BASE, changed, [name])
+            assert f"note: {name} was" in capsys.readouterr().out
         with pytest.raises(UserError, match=f"cannot resume with {name}={value}"):
             require_resumable(BASE, changed)
 

@@ -78,7 +78,16 @@ def trained(folder):
 def test_a_run_prints_its_progress_and_leaves_everything_in_its_folder(trained, folder):
     words = ["devices: 2 x cpu", "parameters", "TFLOP", "step 24: validation loss", "## Sample", "peak memory"]
     assert all(word in trained for word in words)
-    names = {"config.json", "tokenizer.json", "checkpoints", "metrics.csv", "loss.png", "report.md", "tensorboard"}
+    names = {
+        ".lock",
+        "config.json",
+        "tokenizer.json",
+        "checkpoints",
+        "metrics.csv",
+        "loss.png",
+        "report.md",
+        "tensorboard",
+    }
     assert {path.name for path in (folder / "out" / "default").iterdir()} == names
     table = rows(folder / "out" / "default")
     assert [int(row["step"]) for row in table] == list(range(25))
