@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from gptjax import distributed
 from gptjax.errors import UserError, first_line
-from gptjax.files import read_json, write_atomically
+from gptjax.files import read_json, sync
 
 CHECKSUMS = "sha256.json"  # the SHA-256 of each file of a checkpoint, since Orbax does not detect every corruption
 SPARE_BYTES = 1 << 20  # for a checkpoint's own description, and for the metrics
@@ -162,13 +162,19 @@ class Checkpoints:
             ) from error
 
     def _write_checksums(self) -> None:
-        """Orbax calls this in the writing thread, just before it gives a complete checkpoint its final name."""
+        """Write the checksums and wait until all is on disk.
+
+        Orbax calls this in the writing thread, just before it gives a complete checkpoint its final name. It has synced
+        the arrays itself, but not its descriptions of them.
+        """
         if jax.process_index() == 0:
             for folder in self.folder.iterdir():
                 if folder.is_dir() and not (folder / CHECKSUMS).exists():
                     files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
                     sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
-                    write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1))
+                    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+                    for path in (*folder.rglob("*"), folder):
+                        sync(path)
 
     def _verify_checksums(self, step: int) -> None:
         """Verify all files; processes that read together each verify a part, since an error in one ends all."""

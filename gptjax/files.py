@@ -55,9 +55,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -67,7 +67,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Make the folder and hold its lock during the block.
 
     The lock is flock's on FOLDER/.lock, which network file systems share between hosts and which ends with its process.
-    A folder that still holds nothing else is removed after the block. Raises `InUse` if another process has the lock.
+    What killed processes left unfinished in the folder is removed, and so is, after the block, a folder that holds
+    nothing else. Raises `InUse` if another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
@@ -82,6 +83,8 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        for unfinished in folder.glob("*.part"):
+            unfinished.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -91,7 +94,8 @@ def locked(folder: Path) -> Iterator[None]:
                     folder.rmdir()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when the file or folder is on disk."""
     with contextlib.suppress(PermissionError):  # Windows opens no folders
         descriptor = os.open(path, os.O_RDONLY)
         try:
