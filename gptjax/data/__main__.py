@@ -11,7 +11,6 @@ from gptjax.cli import Parser
 from gptjax.config import DataConfig, Section, argument, option
 from gptjax.data.at_scale.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from gptjax.data.prepare import prepare
-from gptjax.data.token_files import Format
 from gptjax.errors import UserError, one_line_errors
 from gptjax.tokenizer import Tokenizer
 
@@ -32,7 +31,6 @@ class Preparation(Section):
     val_fraction: float = option(DataConfig.val_fraction, _HELP["val_fraction"])
     sha256: str | None = option(DataConfig.sha256, _HELP["sha256"])
     dir: str = option(DataConfig.dir, _HELP["dir"])
-    format: Format = option("nanogpt", "of the token files: a flat file per split, or llm.c's shards with a header")
 
 
 class _DataUnpickler(pickle.Unpickler):
@@ -52,9 +50,7 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument("path", metavar="PATH", help="nanoGPT's meta.pkl")
         print(f"wrote {convert_meta(Path(parser.parse_args(arguments[1:]).path))}")
     else:
-        options = vars(_parse("python -m gptjax.data", Preparation(), arguments))
-        form = options.pop("format")
-        prepare(DataConfig(**options), form)
+        prepare(DataConfig(**vars(_parse("python -m gptjax.data", Preparation(), arguments))))
 
 
 def _parse(program: str, defaults: Any, arguments: Sequence[str]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from gptjax.config import DataConfig
 from gptjax.data import remote, token_files
 from gptjax.data.corpora import Corpus, between, open_corpus, with_progress
-from gptjax.data.token_files import MANIFEST, Format, Tokens, dtype_for, write_split
+from gptjax.data.token_files import MANIFEST, Tokens, dtype_for, write_tokens
 from gptjax.errors import UserError
 from gptjax.files import read_json
 from gptjax.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     return Dataset(train, val, _tokenizer_of(folder, config.tokenizer), folder)
 
 
-def prepare(config: DataConfig, form: Format = "nanogpt") -> Path:
+def prepare(config: DataConfig) -> Path:
     """Make a folder of token files from a text, or find the one made from the same files; say which on stdout.
 
     The folder gets its name when it is complete, so a preparation that dies, or two at once, do no harm.
@@ -65,7 +65,7 @@ def prepare(config: DataConfig, form: Format = "nanogpt") -> Path:
     except OSError as error:
         raise UserError(f"cannot make folder dir={config.dir!r} ({error.strerror}): pass another --data.dir") from error
     corpus = open_corpus(config)
-    recipe, files = _recipe(config, corpus, form)
+    recipe, files = _recipe(config, corpus)
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(config.dir, f"{_slug(corpus.name)}-{_slug(Path(config.tokenizer).stem)}-{digest}")
     made_from = recipe | {"files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]}
@@ -74,7 +74,7 @@ def prepare(config: DataConfig, form: Format = "nanogpt") -> Path:
         made = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
         made.mkdir()
         try:
-            manifest = _write_folder(made, config, corpus, form) | {"made_from": made_from}
+            manifest = _write_folder(made, config, corpus) | {"made_from": made_from}
             (made / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             _move_into_place(made, folder, made_from)
         finally:
@@ -84,7 +84,7 @@ def prepare(config: DataConfig, form: Format = "nanogpt") -> Path:
     return folder
 
 
-def _write_folder(made: Path, config: DataConfig, corpus: Corpus, form: Format) -> dict[str, Any]:
+def _write_folder(made: Path, config: DataConfig, corpus: Corpus) -> dict[str, Any]:
     """Write all files but data.json, whose fields are returned. Reads the text twice, or three times for a BPE."""
     n, alphabet = 0, set[str]()
     for chunk in corpus.chunks():
@@ -105,16 +105,16 @@ def _write_folder(made: Path, config: DataConfig, corpus: Corpus, form: Format) 
         tokenizer = Tokenizer.from_name_or_path(config.tokenizer)
     tokenizer.save(made / "tokenizer.json")
     dtype = dtype_for(tokenizer.vocab_size)
-    fields = {"characters": n, "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "format": form}
+    fields = {"characters": n, "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "format": "nanogpt"}
     for split, start, stop in (("train", 0, n_train), ("val", n_train, n)):
         ids = tokenizer.encode_chunks(text(start, stop, f"encoding {split}"))
-        fields[f"{split}_tokens"] = write_split(made, split, ids, dtype, form)
+        fields[f"{split}_tokens"] = write_tokens(made / f"{split}.bin", ids, dtype)
     return fields
 
 
-def _recipe(config: DataConfig, corpus: Corpus, form: Format) -> tuple[dict[str, Any], list[Path]]:
+def _recipe(config: DataConfig, corpus: Corpus) -> tuple[dict[str, Any], list[Path]]:
     """Return the settings that the token files depend on, and the files that they are made from."""
-    recipe: dict[str, Any] = {"source": corpus.identity, "format": form, "version": _VERSION}
+    recipe: dict[str, Any] = {"source": corpus.identity, "format": "nanogpt", "version": _VERSION}
     recipe |= {"tokenizer": config.tokenizer, "val_fraction": config.val_fraction}
     path, files = Path(config.tokenizer), list(corpus.files)
     if config.tokenizer == "bpe":

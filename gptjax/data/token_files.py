@@ -12,7 +12,7 @@ import itertools
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -23,7 +23,6 @@ from gptjax.files import parse_json, replacing
 
 MANIFEST = "data.json"
 UINT16, UINT32 = np.dtype("<u2"), np.dtype("<u4")
-Format = Literal["nanogpt", "llmc"]
 Arrays = Iterable[np.ndarray]
 Span = tuple[int, int, int]  # tokens first to last of a shard: (shard, first, last)
 _HEADER_BYTES = 1024
@@ -143,19 +142,6 @@ def open_split(folder: Path | str, split: str) -> Tokens:
     return RemoteTokens({f"{folder}/{name}": sizes[name] for name in names}, flat_dtype)
 
 
-def write_split(
-    folder: Path, split: str, arrays: Arrays, dtype: np.dtype, form: Format = "nanogpt", shard_tokens: int = 10**8
-) -> int:
-    """Write ids as nanoGPT's single file or as llm.c's shards of `shard_tokens`, and return the number of ids."""
-    if form == "nanogpt":
-        return write_tokens(folder / f"{split}.bin", arrays, dtype)
-    numbered = itertools.groupby(_by_shard(arrays, shard_tokens), key=lambda pair: pair[0])
-    return sum(
-        write_tokens(folder / f"{split}_{number:06d}.bin", (ids for _, ids in pairs), dtype, header=True)
-        for number, pairs in numbered
-    )
-
-
 def write_tokens(path: Path, arrays: Arrays, dtype: np.dtype, *, header: bool = False) -> int:
     """Write arrays of ids one after another, flat or behind llm.c's header, and return the number of ids."""
     with token_writer(path, dtype, header=header) as write:
@@ -182,16 +168,6 @@ def token_writer(path: Path, dtype: np.dtype, *, header: bool = True) -> Iterato
         if header:
             file.seek(0)
             file.write(_MAGIC[dtype] + struct.pack("<i", n))
-
-
-def _by_shard(arrays: Arrays, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Split arrays where a shard of `size` ids is full; yields each part with the number of its shard."""
-    n = 0
-    for array in arrays:
-        while len(array):
-            part, array = np.split(array, [size - n % size])
-            yield n // size, part
-            n += len(part)
 
 
 def _layout(path: Path | str, n_bytes: int, head: bytes, flat_dtype: np.dtype) -> tuple[np.dtype, int, int]:

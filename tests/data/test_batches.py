@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.data.batches import PADDING, prefetch, sequential_starts, starts, windows
-from gptjax.data.token_files import UINT16, Tokens, write_split, write_tokens
+from gptjax.data.token_files import UINT16, Tokens, write_tokens
 from gptjax.errors import UserError
 
 small = st.integers(1, 12)
@@ -24,7 +24,8 @@ GOLDEN_EPOCH = [9541, 8400, 8519, 6363, 5215, 7210, 3927, 5516]
 def tokens(tmp_path_factory) -> Tokens:
     """The numbers 0 to 999 in three shards."""
     folder = tmp_path_factory.mktemp("tokens")
-    write_split(folder, "train", [np.arange(1000)], UINT16, "llmc", shard_tokens=400)
+    for i, ids in enumerate(np.split(np.arange(1000), [400, 800])):
+        write_tokens(folder / f"train_{i:06}.bin", [ids], UINT16, header=True)
     return Tokens(sorted(folder.iterdir()))
 
 

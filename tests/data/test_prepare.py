@@ -15,7 +15,7 @@ import pytest
 from gptjax.config import DataConfig
 from gptjax.data import Dataset, corpora, load_dataset
 from gptjax.data.__main__ import convert_meta, main
-from gptjax.data.token_files import UINT16, write_split, write_tokens
+from gptjax.data.token_files import UINT16, write_tokens
 from gptjax.errors import UserError
 from gptjax.tokenizer import Tokenizer
 
@@ -169,7 +169,8 @@ def test_nanogpts_characters_keep_their_ids(tmp_path):
 
 def test_llm_cs_shards_are_used_as_they_are_and_a_damaged_data_json_is_named(tmp_path):
     for split, n in (("fineweb_train", 25), ("fineweb_val", 7)):
-        write_split(tmp_path, split, [np.arange(n)], UINT16, "llmc", shard_tokens=10)
+        for i in range(0, n, 10):
+            write_tokens(tmp_path / f"{split}_{i:06}.bin", [np.arange(i, min(i + 10, n))], UINT16, header=True)
     Tokenizer.characters("ab").save(tmp_path / "tokenizer.json")
     dataset = load_dataset(DataConfig(source=str(tmp_path)))
     assert len(dataset.train.paths) == 3 and dataset.train.window(0, 99).tolist() == list(range(25))
@@ -204,13 +205,12 @@ def test_a_meta_that_is_hostile_or_no_character_vocabulary_is_refused_and_runs_n
 
 
 def test_the_command_prepares_and_says_what_it_made(config, capsys):
-    main([config.source, "--tokenizer", "bpe", "--vocab_size", "280", "--format", "llmc", "--dir", config.dir])
+    main([config.source, "--tokenizer", "bpe", "--vocab_size", "280", "--dir", config.dir])
     output = capsys.readouterr().out
     (folder,) = Path(config.dir).iterdir()
     for part in (str(folder), f"{len(TEXT):,} characters", "vocabulary 280", "train ", "val "):
         assert part in output
-    manifest = json.loads((folder / "data.json").read_text())
-    assert manifest["format"] == "llmc" and (folder / "train_000000.bin").exists()
+    assert json.loads((folder / "data.json").read_text())["format"] == "nanogpt"
     dataset = load_dataset(DataConfig(source=str(folder)))
     assert text_of(dataset, "train") + text_of(dataset, "val") == TEXT
     with pytest.raises(UserError, match="token files already"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gptjax.config import DataConfig
 from gptjax.data import load_dataset, remote
 from gptjax.data.batches import windows
-from gptjax.data.token_files import UINT16, UINT32, Tokens, dtype_for, open_split, write_split, write_tokens
+from gptjax.data.token_files import UINT16, UINT32, Tokens, dtype_for, open_split, write_tokens
 from gptjax.errors import UserError
 from gptjax.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def test_shards_read_as_one_sequence_from_a_disk_and_a_bucket(tmp_path, bucket, 
 
 def test_a_flat_file_is_nanogpts_bytes_and_nothing_else(tmp_path):
     ids = np.array([0, 65535, 50256], np.int32)
-    assert write_split(tmp_path, "train", iter([ids[:1], ids[1:]]), UINT16) == 3
+    assert write_tokens(tmp_path / "train.bin", iter([ids[:1], ids[1:]]), UINT16) == 3
     assert (tmp_path / "train.bin").read_bytes() == np.array(ids, "<u2").tobytes()
     window = open_split(tmp_path, "train").window(0, 9)
     assert window.tolist() == ids.tolist()
@@ -85,12 +85,10 @@ def test_a_flat_file_is_nanogpts_bytes_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("dtype, magic", [(UINT16, [20240520, 1]), (UINT32, [20240801, 7])], ids=str)
 def test_a_shard_is_llm_cs_header_and_tokens(tmp_path, dtype, magic):
-    assert write_split(tmp_path, "val", [np.arange(3), np.arange(3, 12)], dtype, "llmc", shard_tokens=5) == 12
-    for number, ids in enumerate(np.split(np.arange(12), [5, 10])):
-        data = (tmp_path / f"val_{number:06}.bin").read_bytes()
-        assert np.frombuffer(data[:1024], "<i4").tolist() == [*magic, len(ids)] + [0] * 253
-        assert data[1024:] == ids.astype(dtype).tobytes()
-    assert len(list(tmp_path.iterdir())) == 3
+    assert write_tokens(tmp_path / "val.bin", [np.arange(3), np.arange(3, 12)], dtype, header=True) == 12
+    data = (tmp_path / "val.bin").read_bytes()
+    assert np.frombuffer(data[:1024], "<i4").tolist() == [*magic, 12] + [0] * 253
+    assert data[1024:] == np.arange(12, dtype=dtype).tobytes()
 
 
 def test_the_manifest_says_that_a_flat_file_is_wide(tmp_path):
@@ -137,16 +135,16 @@ def test_the_fingerprint_is_of_the_tokens_at_both_ends_wherever_they_lie(tmp_pat
     assert one_at(500_000, 128) == one_at(600_000, 128) != one_at(200_000, 128)  # half as many
 
 
-@pytest.mark.parametrize("form", ["nanogpt", "llmc"])
-def test_a_disk_that_is_full_leaves_the_old_files_and_an_error_with_its_number(tmp_path, form):
+@pytest.mark.parametrize("header", [False, True])
+def test_a_disk_that_is_full_leaves_the_old_file_and_an_error_with_its_number(tmp_path, header):
     resource = pytest.importorskip("resource")
-    write_split(tmp_path, "train", [np.arange(5)], UINT16, form)
+    write_tokens(tmp_path / "train.bin", [np.arange(5)], UINT16, header=header)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         with pytest.raises(OSError) as error:
-            write_split(tmp_path, "train", [np.arange(100_000)], UINT16, form)
+            write_tokens(tmp_path / "train.bin", [np.arange(100_000)], UINT16, header=header)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert error.value.errno == errno.EFBIG
@@ -160,8 +158,9 @@ def prepared(tmp_path: Path) -> Path:
     """A folder as it is copied to a bucket: shards, their tokenizer and a manifest."""
     folder = tmp_path / "prepared"
     folder.mkdir()
-    for split in ("train", "val"):
-        write_split(folder, split, [np.arange(250) % 7], UINT16, "llmc", shard_tokens=100)
+    for split, i in itertools.product(("train", "val"), range(3)):
+        ids = np.arange(250)[100 * i : 100 * (i + 1)] % 7
+        write_tokens(folder / f"{split}_{i:06}.bin", [ids], UINT16, header=True)
     Tokenizer.characters("abcdefg").save(folder / "tokenizer.json")
     (folder / "data.json").write_text('{"dtype": "uint16", "parts": 3}')
     return folder
