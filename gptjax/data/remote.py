@@ -1,13 +1,11 @@
 """Read files behind URLs (gs://, s3://, memory://, ...) through fsspec."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from gptjax.errors import UserError
 
 Range = tuple[str, int, int]  # bytes start to stop of a file: (URL, start, stop)
-_WAITS = (0.5, 2, 8, 30)  # seconds before a failed read is tried again
 
 
 def is_url(source: str) -> bool:
@@ -42,36 +40,24 @@ def list_files(folder: str) -> dict[str, int]:
 def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
     """Return the bytes of each range of the files of one filesystem, requested together (docs/data.md).
 
-    Failed reads are tried again for 40 seconds. Raises `UserError` after that, or at once if a file is missing or
-    forbidden.
+    The filesystem repeats a request that fails. Raises `UserError` for one that fails in the end.
     """
-    found = {i: b"" for i, (_, start, stop) in enumerate(ranges) if start >= stop}
-    for wait in (*_WAITS, None):
-        missing = [i for i in range(len(ranges)) if i not in found]
-        answers = _request([ranges[i] for i in missing]) if missing else []
-        for i, answer in zip(missing, answers, strict=True):
-            if not isinstance(answer, Exception):
-                found[i] = answer
-            elif wait is None or isinstance(answer, (FileNotFoundError, PermissionError)):
-                raise UserError(f"cannot read {ranges[i][0]}: {_reason(answer)}")
-        if wait is None or len(found) == len(ranges):
-            break
-        time.sleep(wait)
-    return [found[i] for i in range(len(ranges))]
-
-
-def _request(ranges: Sequence[Range]) -> list[bytes | Exception]:
-    """Return the bytes of each range, or the exception that it failed with."""
-    urls, starts, stops = map(list, zip(*ranges, strict=True))
+    wanted = [each for each in ranges if each[1] < each[2]]
+    if not wanted:
+        return [b""] * len(ranges)
+    urls, starts, stops = map(list, zip(*wanted, strict=True))
     files, _ = filesystem(urls[0])
     try:
-        answers = list(files.cat_ranges([files._strip_protocol(url) for url in urls], starts, stops, on_error="return"))
+        answers = files.cat_ranges([files._strip_protocol(url) for url in urls], starts, stops, on_error="return")
     except Exception as error:  # some filesystems raise it in spite of `on_error`
-        return [error] * len(ranges)
-    for i, (answer, start, stop) in enumerate(zip(answers, starts, stops, strict=True)):
-        if not isinstance(answer, Exception) and len(answer) != stop - start:
-            answers[i] = EOFError(f"{len(answer)} bytes came of {stop - start}")
-    return answers
+        answers = [error] * len(wanted)
+    for (url, start, stop), answer in zip(wanted, answers, strict=True):
+        if isinstance(answer, Exception):
+            raise UserError(f"cannot read {url}: {_reason(answer)}") from answer
+        if len(answer) != stop - start:
+            raise UserError(f"cannot read {url}: {len(answer)} bytes came of {stop - start}")
+    received = iter(answers)
+    return [next(received) if start < stop else b"" for _, start, stop in ranges]
 
 
 def _reason(error: Exception) -> str:

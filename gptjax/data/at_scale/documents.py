@@ -34,10 +34,6 @@ Part = tuple[Piece, ...]  # what one worker turns into one shard of each split
 Document = Iterable[str]  # its text in chunks; can be read several times
 
 
-class Unreadable(UserError):
-    """A read failed for a reason that is not in the file, so another try may succeed."""
-
-
 def find_files(sources: Sequence[str]) -> dict[str, int]:
     """Return each file of the sources and its size in bytes; those of one source are sorted by name.
 
@@ -86,7 +82,7 @@ def documents(piece: Piece, column: str) -> Iterator[Document]:
     except FileNotFoundError as error:
         raise UserError(f"{piece.file} is gone") from error
     except Exception as error:  # each filesystem and compression has its own classes
-        raise Unreadable(f"cannot read {piece.file}: {type(error).__name__}: {error}") from error
+        raise UserError(f"cannot read {piece.file}: {type(error).__name__}: {error}") from error
 
 
 def _find(source: str) -> dict[str, int]:

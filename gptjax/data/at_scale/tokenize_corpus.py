@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from gptjax.config import Section, argument, option
 from gptjax.data import token_files
-from gptjax.data.at_scale.documents import Document, Part, Unreadable, documents, find_files, parts_of
+from gptjax.data.at_scale.documents import Document, Part, documents, find_files, parts_of
 from gptjax.data.token_files import MANIFEST, Tokens, dtype_for, token_writer
 from gptjax.errors import UserError
 from gptjax.files import read_json, write_atomically
@@ -37,7 +37,6 @@ _VERSION = 1  # of the content of a shard; a folder of another version is refuse
 _LONG = 1 << 20  # characters of a document that are encoded at once
 _BATCH = 1 << 18  # characters, or
 _BATCH_TEXTS = 64  # texts, that are encoded together
-_WAITS = (5, 30)  # seconds before a part is tried again after a read from a bucket failed
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ def _work(connection: Connection, number: int, part: Part, config: TokenizeConfi
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unlike the default, removes the unfinished files
     try:
         tokenizer = Tokenizer.load(Path(config.out, "tokenizer.json"))
-        for count in with_retries(number, part, tokenizer, config):
+        for count in tokenize_part(number, part, tokenizer, config):
             connection.send(count)
     except (BrokenPipeError, ConnectionResetError):
         return  # the parent process is gone
@@ -267,18 +266,6 @@ def _work(connection: Connection, number: int, part: Part, config: TokenizeConfi
         connection.send(UserError(f"cannot write in {config.out}: {error.strerror}; repeat the command to continue"))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or a SystemExit while Python ends would print a traceback
-
-
-def with_retries(number: int, part: Part, tokenizer: Tokenizer, config: TokenizeConfig) -> Iterator[Count]:
-    """Yield as `tokenize_part` does, and begin it again after a failed read from a bucket."""
-    for wait_seconds in (*_WAITS, None):
-        try:
-            yield from tokenize_part(number, part, tokenizer, config)
-            return
-        except Unreadable:
-            if wait_seconds is None or not any("://" in piece.file for piece in part):
-                raise
-            time.sleep(wait_seconds)
 
 
 def _show(messages: Iterable[Progressed], parts: dict[int, Part]) -> Count:

@@ -30,7 +30,7 @@ from gptjax.data.__main__ import main
 from gptjax.data.at_scale import documents as documents_
 from gptjax.data.at_scale import tokenize_corpus
 from gptjax.data.at_scale.documents import Piece, documents, find_files, parts_of
-from gptjax.data.at_scale.tokenize_corpus import TokenizeConfig, begin_folder, tokenize_part, validates, with_retries
+from gptjax.data.at_scale.tokenize_corpus import TokenizeConfig, begin_folder, tokenize_part, validates
 from gptjax.data.token_files import Tokens, write_tokens
 from gptjax.errors import UserError
 from gptjax.tokenizer import END_OF_TEXT, Tokenizer
@@ -318,28 +318,6 @@ def test_a_stop_leaves_whole_shards_only_and_no_process(spec, tmp_path, whom):
         process.communicate(timeout=60)  # until the last worker, which has the other end of stderr, is gone
     wait_for(lambda: not running(process.pid))
     assert list(out.glob("*.bin*")) == []
-
-
-def test_a_bucket_that_does_not_answer_is_asked_again(spec, tmp_path, monkeypatch):
-    fsspec.filesystem("memory").pipe_file("/flaky/a.jsonl", json_lines(TEXTS))
-    config = TokenizeConfig(("memory://flaky",), str(tmp_path), str(spec))
-    [part], [local] = parts_of(find_files(config.sources), 1 << 30), parts_of({"/nowhere.jsonl": 9}, 99)
-    failures, opened = [OSError("reset by peer"), TimeoutError(), None], documents_._open
-
-    def flaky(file: str):
-        if error := failures.pop(0):
-            raise error
-        return opened(file)
-
-    monkeypatch.setattr(documents_, "_open", flaky)
-    monkeypatch.setattr(tokenize_corpus, "_WAITS", (0, 0))
-    last = list(with_retries(0, part, Tokenizer.load(spec), config))[-1]
-    assert last.documents == len(TEXTS) - 1 and len(shards(tmp_path)) == 2
-    for each, name, n_tries in ((part, "memory:///flaky/a.jsonl", 3), (local, "nowhere.jsonl", 1)):  # a disk, once
-        failures[:] = [OSError("reset by peer")] * 4
-        with pytest.raises(UserError, match=f"{name}: OSError: reset by peer"):
-            list(with_retries(0, each, Tokenizer.load(spec), config))
-        assert len(failures) == 4 - n_tries
 
 
 # Mistakes
