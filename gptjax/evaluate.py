@@ -1,4 +1,4 @@
-"""Evaluate a model's loss on a text, HellaSwag or LAMBADA: python -m gptjax.evaluate out/shakespeare --text FILE
+"""Evaluate a model's loss on a text, or HellaSwag: python -m gptjax.evaluate out/shakespeare --text FILE
 
 The model is any run, Hugging Face folder or ckpt.pt. The loss is over every token, not over a sample of them.
 """
@@ -32,7 +32,6 @@ class Arguments(Section):
     model: str = argument(MODEL_HELP)
     text: str | None = option(None, "file to predict: UTF-8 text, or a .bin file of the model's own tokens")
     hellaswag: str | None = option(None, 'choose an ending: JSONL of {"ctx": ..., "endings": [...], "label": ...}')
-    lambada: str | None = option(None, 'predict the last word: JSONL of {"text": ...}')
     block_size: int = option(1024, "text: tokens in a window, at most the model's block_size")
     stride: int | None = option(None, "text: tokens scored in each window; fewer: more context, but slower; none: all")
     checkpoint: Which = option("best", CHECKPOINT_HELP)
@@ -50,13 +49,13 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser("python -m gptjax.evaluate", __doc__)
     parser.add_fields(Arguments())
     [arguments] = parser.parse(argv, Arguments())
-    paths = {name: Path(path) for name in ("text", *TASKS) if (path := getattr(arguments, name))}
+    paths = {name: Path(path) for name in ("text", "hellaswag") if (path := getattr(arguments, name))}
     if not paths:
-        raise UserError("nothing to evaluate: pass --text FILE, --hellaswag FILE or --lambada FILE")
+        raise UserError("nothing to evaluate: pass --text FILE or --hellaswag FILE")
     for name, path in paths.items():
         if not path.is_file():
             raise UserError(f"{name}={path}: there is no such file")
-    questions = {name: read_jsonl(path, name) for name, path in paths.items() if name != "text"}
+    questions = read_questions(paths["hellaswag"]) if "hellaswag" in paths else []
     model = LanguageModel.load(arguments.model, arguments.checkpoint, arguments.dtype)
     results: dict[str, Any] = {"model": model.name}
     for name, path in paths.items():
@@ -64,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         if name == "text":
             result = text_loss(model, read_tokens(model, path), arguments.block_size, arguments.stride)
         else:
-            result = TASKS[name](model, questions[name])
+            result = hellaswag(model, questions)
         results[name] = {"file": str(path)} | result | {"seconds": round(time.perf_counter() - start, 3)}
     if arguments.json:
         print(json.dumps(results))
@@ -109,7 +108,7 @@ def text_loss(model: LanguageModel, tokens: TokenIds, block_size: int, stride: i
 
     for batch in _batches(ends, "predicting"):
         scores = model.score([window(end) for end in batch])
-        nats -= sum(float(log_probs.sum(dtype=np.float64)) for log_probs, _ in scores)
+        nats -= sum(float(log_probs.sum(dtype=np.float64)) for log_probs in scores)
     first, whole = [len(model.tokenizer.decode(part).encode()) for part in (tokens[:1], tokens)]
     n_bytes = max(1, whole - first)
     return {
@@ -132,47 +131,30 @@ def hellaswag(model: LanguageModel, questions: Sequence[dict[str, Any]]) -> dict
         pairs = [_pair(model, question["ctx"], " " + ending) for question in batch for ending in question["endings"]]
         scores = iter(model.score(pairs))
         for question in batch:
-            sums = np.array([float(next(scores)[0].sum()) for _ in question["endings"]])
+            sums = np.array([float(next(scores).sum()) for _ in question["endings"]])
             per_character = sums / [len(ending) for ending in question["endings"]]
             correct += [np.argmax(values) == int(question["label"]) for values in (sums, per_character)]
     accuracy, accuracy_per_character = (correct / len(questions)).tolist()
     return {"questions": len(questions), "accuracy": accuracy, "accuracy_per_character": accuracy_per_character}
 
 
-def lambada(model: LanguageModel, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How often every token of the last word is the likeliest, and the perplexity of these words."""
-    correct, nats, n = 0, 0.0, len(questions)
-    for batch in _batches(questions, "predicting"):
-        parts = [question["text"].rsplit(" ", 1) for question in batch]
-        for log_probs, likeliest in model.score([_pair(model, context, " " + word) for context, word in parts]):
-            correct += bool(likeliest.all())
-            nats -= float(log_probs.sum())
-    return {"questions": n, "accuracy": correct / n, "perplexity_per_word": _exp(nats / n)}
-
-
-TASKS = {"hellaswag": hellaswag, "lambada": lambada}
-
-
-def read_jsonl(path: Path, task: str) -> list[dict[str, Any]]:
+def read_questions(path: Path) -> list[dict[str, Any]]:
     """The questions of a file with one JSON object a line. Raises `UserError` for a line that is not a question."""
     questions = []
     for number, line in enumerate("".join(read_text(path)).split("\n"), 1):
         if line.strip():
             try:
-                questions.append(_parse(line, task))
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                questions.append(_parse(line))
+            except (ValueError, KeyError, TypeError) as error:
                 reason = f"{type(error).__name__} {error}"
-                raise UserError(f"{path}, line {number}, is not a question of {task}: {reason}") from error
+                raise UserError(f"{path}, line {number}, is not a question of HellaSwag: {reason}") from error
     if not questions:
         raise UserError(f"{path} has no questions")
     return questions
 
 
-def _parse(line: str, task: str) -> dict[str, Any]:
+def _parse(line: str) -> dict[str, Any]:
     question = json.loads(line)
-    if task == "lambada":
-        context, word = question["text"].strip().rsplit(" ", 1)
-        return {"text": f"{context} {word}"}
     texts = [question["ctx"], *question["endings"]]
     if not isinstance(question["endings"], list) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError("ctx and endings must be texts that are not empty")

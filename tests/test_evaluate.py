@@ -16,7 +16,7 @@ from gptjax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from gptjax.data.prepare import Dataset
 from gptjax.data.token_files import Tokens, write_tokens
 from gptjax.errors import UserError
-from gptjax.evaluate import hellaswag, lambada, main, read_tokens, text_loss
+from gptjax.evaluate import hellaswag, main, read_tokens, text_loss
 from gptjax.hub.export import export
 from gptjax.inference.language_model import LanguageModel
 from gptjax.loop import Run, validation_loss
@@ -173,7 +173,7 @@ def test_bytes_and_perplexities_say_the_same(model, text):
 
 def same_scores(texts, nats):
     """As from `score`, with the same log-probability for every token."""
-    return [(np.full(len(text), nats, np.float32), np.zeros(len(text), bool)) for _, text in texts]
+    return [np.full(len(text), nats, np.float32) for _, text in texts]
 
 
 def test_a_token_that_begins_every_text_is_no_text(model, monkeypatch, tmp_path):
@@ -241,28 +241,19 @@ def test_choices_are_those_of_every_tokens_own_forward_pass(model):
         assert result == {"questions": 16, "accuracy": accuracy, "accuracy_per_character": per_character}
 
 
-def test_the_last_word_is_right_where_all_its_tokens_are_the_likeliest(chooser):
-    model, log_prob = chooser
-    right, wrong = ["b a d", "d d", "c d"], ["ab d", "c dd", "a b", "d ad"]
-    results = [lambada(model, [{"text": text} for text in texts]) for texts in (right, wrong, right[:1] + wrong[1:])]
-    assert [(result["questions"], result["accuracy"]) for result in results] == [(3, 1), (4, 0), (4, 1 / 4)]
-    nats = [-log_prob(text, text.rindex(" ")) for text in wrong]
-    assert results[1]["perplexity_per_word"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
-
-
-def test_one_command_does_all_three(folder, tmp_path, capsys):
+def test_one_command_does_both(folder, tmp_path, capsys):
     """A line ends where those of JSONL do, not at U+2028 or U+0085, which may stand in a JSON text as they are."""
     (tmp_path / "text.txt").write_text("abc def. " * 9)
-    (tmp_path / "h.jsonl").write_text('{"ctx": "ab", "endings": ["c", "de"], "label": "0", "ind": 7}\n\n')
-    (tmp_path / "l.jsonl").write_text('{"text": "ab cd.\\n", "note": "\u2028 \u0085"}\r\n{"text": "a b c"}\n')
-    files = {"text": "text.txt", "hellaswag": "h.jsonl", "lambada": "l.jsonl"}
+    question = '{"ctx": "ab", "endings": ["c", "de"], "label": "0", "note": "\u2028 \u0085"}'
+    (tmp_path / "h.jsonl").write_text(f"{question}\r\n\n{question}\n")
+    files = {"text": "text.txt", "hellaswag": "h.jsonl"}
     arguments = [str(folder), *(part for name in files for part in (f"--{name}", str(tmp_path / files[name])))]
     main([*arguments, "--json"])
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     results = json.loads(out)
     assert set(results) == {"model", *files} and results["model"] == folder.name
-    assert results["hellaswag"]["questions"] == 1 and results["lambada"]["questions"] == 2
+    assert results["hellaswag"]["questions"] == 2
     main(arguments)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line[0] != " "] == [f"model: {folder.name}", *(f"{name}:" for name in files)]
@@ -272,40 +263,32 @@ def test_one_command_does_all_three(folder, tmp_path, capsys):
 def test_numbers_without_end_are_json_too(folder, monkeypatch, tmp_path, capsys):
     """A perplexity beyond float64."""
     monkeypatch.setattr(LanguageModel, "score", lambda self, texts: same_scores(texts, -900.0))
-    (tmp_path / "l.jsonl").write_text('{"text": "a b"}')
-    main([str(folder), "--lambada", str(tmp_path / "l.jsonl"), "--json"])
+    (tmp_path / "text.txt").write_text("abc")
+    main([str(folder), "--text", str(tmp_path / "text.txt"), "--json"])
     json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-GOOD = {"hellaswag": '{"ctx": "a", "endings": ["b", "c"], "label": 0}', "lambada": '{"text": "a b"}'}
-
-
 @pytest.mark.parametrize(
-    ("task", "line"),
+    "line",
     [
-        ("hellaswag", "{"),
-        ("hellaswag", "[]"),
-        ("hellaswag", "null"),
-        ("hellaswag", '{"ctx": "a", "endings": ["b"]}'),
-        ("hellaswag", '{"endings": ["b"], "label": 0}'),
-        ("hellaswag", '{"ctx": 1, "endings": ["b"], "label": 0}'),
-        ("hellaswag", '{"ctx": "a", "endings": ["b", ""], "label": 0}'),
-        ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": 2}'),
-        ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": ""}'),
-        ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": -1}'),
-        ("hellaswag", '{"ctx": "a", "endings": "bc", "label": 0}'),
-        ("lambada", "a b"),
-        ("lambada", "[]"),
-        ("lambada", '{"texts": "a b"}'),
-        ("lambada", '{"text": " word "}'),
-        ("lambada", '{"text": 7}'),
+        "{",
+        "[]",
+        "null",
+        '{"ctx": "a", "endings": ["b"]}',
+        '{"endings": ["b"], "label": 0}',
+        '{"ctx": 1, "endings": ["b"], "label": 0}',
+        '{"ctx": "a", "endings": ["b", ""], "label": 0}',
+        '{"ctx": "a", "endings": ["b", "c"], "label": 2}',
+        '{"ctx": "a", "endings": ["b", "c"], "label": ""}',
+        '{"ctx": "a", "endings": ["b", "c"], "label": -1}',
+        '{"ctx": "a", "endings": "bc", "label": 0}',
     ],
 )
-def test_a_line_that_is_no_question_is_named(folder, tmp_path, task, line):
-    path = tmp_path / "questions.jsonl"
-    path.write_text(f"{GOOD[task]}\n\n{line}\n{GOOD[task]}\n")
-    with pytest.raises(UserError, match=rf"questions\.jsonl, line 3, .* {task}"):
-        main([str(folder), f"--{task}", str(path)])
+def test_a_line_that_is_no_question_is_named(folder, tmp_path, line):
+    path, good = tmp_path / "questions.jsonl", '{"ctx": "a", "endings": ["b", "c"], "label": 0}'
+    path.write_text(f"{good}\n\n{line}\n{good}\n")
+    with pytest.raises(UserError, match=r"questions\.jsonl, line 3, .* HellaSwag"):
+        main([str(folder), "--hellaswag", str(path)])
 
 
 def test_a_mistake_is_one_line(folder, tmp_path, monkeypatch):
@@ -325,7 +308,7 @@ def test_a_mistake_is_one_line(folder, tmp_path, monkeypatch):
         "--text latin.txt": "latin.txt is not UTF-8",
         "--text unknown.txt": "no character 'Z'",
         "--text other.bin": f"other.bin has token {len(ALPHABET)}; the model has {len(ALPHABET)}",
-        "--lambada empty.jsonl": "empty.jsonl has no questions",
+        "--hellaswag empty.jsonl": "empty.jsonl has no questions",
         "--hellaswag long.jsonl": "has 22 tokens, and",
         "--text text.txt --block_size 0": "block_size=0 is not positive",
         "--text text.txt --block_size 8 --stride 9": "stride=9 is not in [1, block_size=8]",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
@@ -156,11 +156,8 @@ class LanguageModel:
         if draft.tokenizer.vocabulary() != self.tokenizer.vocabulary():
             raise UserError(f"draft={draft.name} has other tokens than {self.name}; pass one with the same tokenizer")
 
-    def score(
-        self, texts: Sequence[tuple[TokenIds, TokenIds]]
-    ) -> list[tuple[Float[np.ndarray, " T"], Bool[np.ndarray, " T"]]]:
-        """For each (context, continuation), of the continuation's tokens: their log-probabilities (nats), and whether
-        each is the likeliest token.
+    def score(self, texts: Sequence[tuple[TokenIds, TokenIds]]) -> list[Float[np.ndarray, " T"]]:
+        """For each (context, continuation) the log-probabilities (nats) of the continuation's tokens.
 
         Only a text's last block_size + 1 tokens are read. Raises `UserError` if none of them is of the context.
         """
@@ -174,23 +171,20 @@ class LanguageModel:
             tokens_BW = np.zeros((1 << (len(batch) - 1).bit_length(), width + 1), np.int32)
             for tokens_W, window in zip(tokens_BW, windows, strict=False):
                 tokens_W[: len(window)] = window
-            log_probs_BT, likeliest_BT = map(np.asarray, _score(self.config, self.params, jnp.asarray(tokens_BW)))
+            log_probs_BT = np.asarray(_score(self.config, self.params, jnp.asarray(tokens_BW)))
             for row, (i, window) in enumerate(zip(batch, windows, strict=True)):
                 part = slice(len(window) - 1 - len(texts[i][1]), len(window) - 1)
                 if part.start < 0:
                     raise UserError(f"a continuation of {len(texts[i][1])} tokens leaves no room for its context")
-                scored[i] = (log_probs_BT[row, part], likeliest_BT[row, part])
+                scored[i] = log_probs_BT[row, part]
         return scored
 
 
 @partial(jax.jit, static_argnames="config")
-def _score(
-    config: ModelConfig, params: Any, tokens_BW: Int[Array, "B W"]
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """The log-probability of each token after the first, and whether it is the likeliest."""
+def _score(config: ModelConfig, params: Any, tokens_BW: Int[Array, "B W"]) -> Float[Array, "B T"]:
+    """The log-probability of each token after the first."""
     logits_BTV = logits(config, params, hidden(config, params, tokens_BW[:, :-1])[0])
-    targets_BT = tokens_BW[:, 1:]
-    return log_probs_of(logits_BTV, targets_BT), jnp.argmax(logits_BTV, axis=-1) == targets_BT
+    return log_probs_of(logits_BTV, tokens_BW[:, 1:])
 
 
 @dataclass
