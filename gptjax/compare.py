@@ -6,7 +6,6 @@ any other model continues the prompt.
 
 import base64
 import html
-import math
 import re
 import sys
 import time
@@ -14,13 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from gptjax import host
 from gptjax.cli import Parser
 from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
-from gptjax.evaluate import text_loss
 from gptjax.files import write_atomically
 from gptjax.hub.weights import locate, open_weights
 from gptjax.inference.language_model import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Answer, Dtype, LanguageModel, Which
@@ -78,7 +74,6 @@ class Column:
     name: str
     facts: dict[str, str]
     picture: bytes | None  # a run's loss.png
-    perplexity: dict[str, float]  # of each prompt, per byte
     replies: dict[tuple[str, float], Reply]  # by prompt and temperature
     problems: dict[str, str]
 
@@ -111,11 +106,10 @@ def ask(name: str, prompts: Sequence[str], arguments: Arguments) -> Column:
     model = LanguageModel.load(name, arguments.checkpoint, arguments.dtype).for_sampling()
     picture = path.read_bytes() if (path := model.folder / "loss.png").exists() else None
     unique = sum(Path(other).name == Path(name).name for other in arguments.models) == 1
-    column = Column(model.name if unique else name, facts(model), picture, {}, {}, {})
+    column = Column(model.name if unique else name, facts(model), picture, {}, {})
     for prompt in prompts:
         print(f"{model.name}: {prompt}", file=sys.stderr)
         try:
-            column.perplexity[prompt] = perplexity_per_byte(model, prompt)
             for temperature in arguments.temperature:
                 column.replies[prompt, temperature] = reply(model, prompt, temperature, arguments)
         except UserError as error:
@@ -135,13 +129,6 @@ def reply(model: LanguageModel, prompt: str, temperature: float, arguments: Argu
     start = time.perf_counter()
     *_, [answer] = model.answer(*options)
     return Reply(answer, len(answer.tokens) / (time.perf_counter() - start))
-
-
-def perplexity_per_byte(model: LanguageModel, text: str) -> float:
-    """exp(nats per UTF-8 byte) of a text from its first token on, which does not depend on the tokenizer."""
-    tokens = np.concatenate([model.start()[-1:], model.tokenizer.encode(text)])
-    loss = text_loss(model, tokens, model.config.block_size)
-    return math.exp(loss["nats_per_token"] * len(tokens[1:]) / len(text.encode()))
 
 
 def facts(model: LanguageModel) -> dict[str, str]:
@@ -171,7 +158,6 @@ def to_markdown(columns: Sequence[Column], prompts: Sequence[str], temperatures:
             if prompt in column.problems:
                 lines += ["", _cell(column.problems[prompt])]
                 continue
-            lines += ["", f"Perplexity of the prompt: {column.perplexity[prompt]:.2f} per byte."]
             for temperature in temperatures:
                 reply = column.replies[prompt, temperature]
                 fence = "`" * max(3, 1 + max(map(len, re.findall("`+", reply.answer.text)), default=0))
@@ -190,9 +176,8 @@ def to_html(columns: Sequence[Column], prompts: Sequence[str], temperatures: Seq
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
         f"<title>Models side by side</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>Models side by side</h1>\n{row}{''.join(map(_card, columns))}</div>\n{sections}"
-        "<footer>Perplexity per byte: the exponential of the model's loss on the prompt, in nats per UTF-8 byte; it is "
-        "comparable between tokenizers. Tokens per second: one answer at a time, with reading the prompt but without "
-        "compilation. Made by gptjax.</footer>\n</body>\n</html>\n"
+        "<footer>Tokens per second: one answer at a time, with reading the prompt but without compilation. Made by "
+        "gptjax.</footer>\n</body>\n</html>\n"
     )
 
 
@@ -206,16 +191,15 @@ def _card(column: Column) -> str:
 
 
 def _answers(prompt: str, column: Column, temperatures: Sequence[float]) -> str:
-    head = f"<h3>{html.escape(column.name)}</h3>"
+    body = f"<h3>{html.escape(column.name)}</h3>"
     if prompt in column.problems:
-        return f'<div class="card">{head}<p class="problem">{html.escape(column.problems[prompt])}</p></div>'
-    body = f'<p class="small">perplexity of the prompt: {column.perplexity[prompt]:.2f} per byte</p>'
+        return f'<div class="card">{body}<p class="problem">{html.escape(column.problems[prompt])}</p></div>'
     for temperature in temperatures:
         reply = column.replies[prompt, temperature]
         begin = "" if column.facts["asked as"] == CHAT else f'<span class="prompt">{html.escape(prompt)}</span>'
         body += f'<p class="small"><b>temperature {temperature:g}</b> · {reply}</p>'
         body += f"<pre>{begin}{html.escape(reply.answer.text)}</pre>"
-    return f'<div class="card">{head}{body}</div>'
+    return f'<div class="card">{body}</div>'
 
 
 def _cell(text: str) -> str:

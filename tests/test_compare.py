@@ -3,7 +3,6 @@
 import base64
 import html
 import json
-import math
 import re
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from test_evaluate import bigram
 
 from gptjax import compare
 from gptjax.checkpoint import Checkpoints
-from gptjax.compare import Arguments, main, perplexity_per_byte
+from gptjax.compare import Arguments, main
 from gptjax.config import Config, ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.hub.export import export
@@ -240,25 +239,6 @@ def test_cards_say_what_is_known(page, run):
     assert shown[0]["parameters"] == f"{n_params:,}" and shown[0]["context"] == f"{BLOCK} tokens"
 
 
-def test_perplexity_is_per_byte_of_all_the_prompt(pages, page, base, instruct):
-    """From what stands before a text: a new line for characters, the end of the text before for the others."""
-    log_probs_VV, model = table(), LanguageModel.load(str(instruct))
-    places = [ALPHABET.index(character) for character in "\n" + NASTY]
-    nats = -sum(log_probs_VV[i, j] for i, j in zip(places, places[1:], strict=False))
-    expected = {base.name: math.exp(nats / len(NASTY.encode()))}
-    ids = np.append(ALPHABET.index(END), model.tokenizer.encode(NASTY))
-    log_probs_TV = scipy.special.log_softmax(logits_of(model, ids), axis=1)
-    nats = -log_probs_TV[np.arange(len(ids) - 1), ids[1:]].sum()
-    expected[instruct.name] = math.exp(nats / len(NASTY.encode()))
-    assert len(NASTY.encode()) > len(NASTY)
-    section, outside = next(page.iter("section")), "\n".join(read_markdown(pages[1])[0])
-    shown = [text for text in texts(section, "p", "small") if "per byte" in text]
-    for folder, text in zip((base, instruct), shown[1:], strict=True):
-        perplexity = perplexity_per_byte(LanguageModel.load(str(folder)), NASTY)
-        assert perplexity == pytest.approx(expected[folder.name], rel=1e-5)
-        assert f" {perplexity:.2f} per byte" in text and f" {perplexity:.2f} per byte" in outside
-
-
 def test_a_seed_is_an_answer_but_not_at_temperature_0(run):
     model = LanguageModel.load(str(run))
 
@@ -307,6 +287,6 @@ def test_the_default_prompts_are_a_file_of_the_project():
 @pytest.mark.parametrize("text", ["a\n```\nb", "\n````\n\n", "a ` b `` c", ""])
 def test_a_fence_ends_where_the_answer_does(text):
     answer = compare.Reply(Answer(text, [1], [-1.0]), 1.0)
-    column = compare.Column("name", {"asked as": "a chat"}, None, {"prompt": 1.0}, {("prompt", 0.5): answer}, {})
+    column = compare.Column("name", {"asked as": "a chat"}, None, {("prompt", 0.5): answer}, {})
     assert read_markdown(compare.to_markdown([column], ["prompt"], [0.5]))[1] == {("prompt", "name", "0.5"): text}
     assert texts(ElementTree.fromstring(compare.to_html([column], ["prompt"], [0.5])), "pre") == [text]

@@ -111,14 +111,6 @@ class LanguageModel:
             raise UserError(f"the chat template of {self.name} makes an empty text; pass --prompt instead of --chat")
         return self.tokenizer.encode(text, special=True)
 
-    def start(self) -> TokenIds:
-        """The ids before a text: the tokenizer's own, else the token that begins or ends a text, else a new line."""
-        if len(self.tokenizer.begin):
-            return self.tokenizer.begin
-        ids = [self.tokenizer.token_id(self.special_tokens.get(name, "")) for name in ("bos_token", "eos_token")]
-        known = [token for token in ids if token is not None]
-        return np.array(known[:1], np.int32) if known else self.tokenizer.prompt()
-
     def answer(
         self,
         prompts: Sequence[TokenIds],
