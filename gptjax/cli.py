@@ -84,17 +84,11 @@ class Parser(argparse.ArgumentParser):
 
         Raises `UserError` if a value does not fit, or (if strict) if an option is unknown.
         """
-        values, unknown = self.parse_known_args([_normalize(argument) for argument in argv])
+        values, unknown = self.parse_known_args(argv)
         if unknown and strict:
             known = [text for action in self._actions for text in action.option_strings]
             raise UserError(f"unknown argument {unknown[0]}" + _did_you_mean(unknown[0].split("=")[0], known))
         return [_build(default, vars(values), "") for default in defaults]
-
-
-def _normalize(argument: str) -> str:
-    """`--train.max_steps=3` for `--train.max-steps=3`."""
-    name, equals, value = argument.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:

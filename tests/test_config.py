@@ -26,7 +26,7 @@ def require_error(call, *words):
 def test_the_command_line_overrides_fields_of_every_type():
     config = parse(
         "--train.max_steps", "30", "--model.bias", "true", "--optimizer.decay_steps=none", "--data.source", "a b.txt",
-        "--optimizer.learning-rate", "3e-4", "--data.order", "epoch", "--mesh.fsdp", "-1", "--mesh.data", "2",
+        "--optimizer.learning_rate", "3e-4", "--data.order", "epoch", "--mesh.fsdp", "-1", "--mesh.data", "2",
     )  # fmt: skip
     assert config.train.max_steps == 30 and config.model.bias is True and config.optimizer.decay_steps is None
     assert config.data.source == "a b.txt" and config.optimizer.learning_rate == 3e-4 and config.data.order == "epoch"
@@ -38,6 +38,7 @@ def test_the_command_line_overrides_fields_of_every_type():
     ("arguments", "words"),
     [
         ("--model.n_layers 3", ["--model.n_layers", "did you mean --model.n_layer?"]),
+        ("--train.max-steps=3", ["--train.max-steps", "did you mean --train.max_steps?"]),
         ("--max_steps 3", ["--max_steps", "did you mean --train.max_steps?"]),
         ("--model.n_layer x", ["--model.n_layer", "'x'", "integer"]),
         ("--model.bias perhaps", ["--model.bias", "'perhaps'", "true or false"]),
