@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax import host
-from gptjax.cli import Parser
+from gptjax.cli import parse_arguments
 from gptjax.config import Section, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.inference.generate import PrefixCache
@@ -78,9 +78,7 @@ class Arguments(Section):
 
 def main(argv: Sequence[str]) -> None:
     host.prepare()
-    parser = Parser("sample.py", __doc__)
-    parser.add_fields(Arguments())
-    [arguments] = parser.parse(argv, Arguments())
+    arguments = parse_arguments("sample.py", __doc__, argv, Arguments())
     model = _load(arguments.run or str(newest_run()), arguments)
     draft = _load(arguments.draft, arguments) if arguments.draft else None
     if draft:

@@ -11,10 +11,12 @@ import typing
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from gptjax.config import SECTIONS, Config, type_name
 from gptjax.errors import UserError
+
+Options = TypeVar("Options")
 
 
 def load_config_file(path: Path) -> Config:
@@ -89,6 +91,14 @@ class Parser(argparse.ArgumentParser):
             known = [text for action in self._actions for text in action.option_strings]
             raise UserError(f"unknown argument {unknown[0]}" + _did_you_mean(unknown[0].split("=")[0], known))
         return [_build(default, vars(values), "") for default in defaults]
+
+
+def parse_arguments(program: str, description: str | None, argv: Sequence[str], defaults: Options) -> Options:
+    """A copy of `defaults`, a dataclass, with the values that `argv` gives; raises `UserError` as `Parser.parse`."""
+    parser = Parser(program, description)
+    parser.add_fields(defaults)
+    [options] = parser.parse(argv, defaults)
+    return options
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:

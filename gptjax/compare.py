@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax import host
-from gptjax.cli import Parser
+from gptjax.cli import parse_arguments
 from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.files import write_atomically
@@ -80,9 +80,7 @@ class Column:
 
 def main(argv: Sequence[str]) -> None:
     host.prepare()
-    parser = Parser("python -m gptjax.compare", __doc__)
-    parser.add_fields(Arguments())
-    [arguments] = parser.parse(argv, Arguments())
+    arguments = parse_arguments("python -m gptjax.compare", __doc__, argv, Arguments())
     prompts = arguments.read_prompts()
     pages = [Path(f"{arguments.out}.html"), Path(f"{arguments.out}.md")]
     pages[0].parent.mkdir(parents=True, exist_ok=True)

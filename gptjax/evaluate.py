@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import Progress
 
 from gptjax import host
-from gptjax.cli import Parser
+from gptjax.cli import parse_arguments
 from gptjax.config import Section, argument, option
 from gptjax.data.corpora import read_text
 from gptjax.data.token_files import Tokens, dtype_for
@@ -46,9 +46,7 @@ class Arguments(Section):
 
 def main(argv: Sequence[str]) -> None:
     host.prepare()
-    parser = Parser("python -m gptjax.evaluate", __doc__)
-    parser.add_fields(Arguments())
-    [arguments] = parser.parse(argv, Arguments())
+    arguments = parse_arguments("python -m gptjax.evaluate", __doc__, argv, Arguments())
     paths = {name: Path(path) for name in ("text", "hellaswag") if (path := getattr(arguments, name))}
     if not paths:
         raise UserError("nothing to evaluate: pass --text FILE or --hellaswag FILE")

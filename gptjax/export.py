@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gptjax.cli import Parser
+from gptjax.cli import parse_arguments
 from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.hub.export import export
@@ -28,9 +28,7 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Parser("python -m gptjax.export", __doc__)
-    parser.add_fields(Arguments())
-    [arguments] = parser.parse(argv, Arguments())
+    arguments = parse_arguments("python -m gptjax.export", __doc__, argv, Arguments())
     folder = Path(arguments.folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: name a folder that is not")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptjax.cli import Parser
+from gptjax.cli import Parser, parse_arguments
 from gptjax.config import DataConfig, Section, argument, option
 from gptjax.data.at_scale.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from gptjax.data.prepare import prepare
@@ -44,20 +44,15 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command that the arguments give."""
     command = arguments[0] if arguments else ""
     if command == "tokenize":
-        tokenize_corpus(_parse("python -m gptjax.data tokenize", TokenizeConfig(), arguments[1:]))
+        options = TokenizeConfig()
+        tokenize_corpus(parse_arguments("python -m gptjax.data tokenize", options.__doc__, arguments[1:], options))
     elif command == "convert-meta":
         parser = Parser("python -m gptjax.data convert-meta", convert_meta.__doc__)
         parser.add_argument("path", metavar="PATH", help="nanoGPT's meta.pkl")
         print(f"wrote {convert_meta(Path(parser.parse_args(arguments[1:]).path))}")
     else:
-        prepare(DataConfig(**vars(_parse("python -m gptjax.data", Preparation(), arguments))))
-
-
-def _parse(program: str, defaults: Any, arguments: Sequence[str]) -> Any:
-    parser = Parser(program, type(defaults).__doc__)
-    parser.add_fields(defaults)
-    [parsed] = parser.parse(arguments, defaults)
-    return parsed
+        preparation = parse_arguments("python -m gptjax.data", Preparation.__doc__, arguments, Preparation())
+        prepare(DataConfig(**vars(preparation)))
 
 
 def convert_meta(path: Path) -> Path:
