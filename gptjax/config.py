@@ -333,13 +333,7 @@ class Config(Section):
 
 # Fields of config.json that gptjax 0.1 wrote, with the value at which they change nothing (None: any value).
 RETIRED = {"data.bpe_dropout": None, "model.zero_init": None, "model.ngram_rows": None, "model.ngram": 1}
-SECTIONS: dict[str, type] = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "optimizer": OptimizerConfig,
-    "train": TrainConfig,
-    "mesh": MeshConfig,
-}
+SECTIONS = {name: hint for name, hint in typing.get_type_hints(Config).items() if isinstance(hint, type)}
 
 
 def is_instance(value: Any, hint: Any) -> bool:
