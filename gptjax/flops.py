@@ -101,15 +101,6 @@ def measured_matmul_peak(
     return 2 * size**3 * len(mesh_devices) / min(times)
 
 
-def train_flops_per_token(*, n_matmul_params: int, n_layer: int, n_embd: int, block_size: int) -> int:
-    """FLOPs of one token's forward and backward pass: 6 N + 12 L D T (PaLM, appendix B; nanoGPT's `estimate_mfu`).
-
-    N is `matmul_params`, D the width of attention: query heads times head width. As in both sources attention counts
-    in full, without regard to causality, and recomputation does not count.
-    """
-    return 6 * n_matmul_params + 12 * n_layer * n_embd * block_size
-
-
 def matmul_params(params: Any) -> int:
     """Entries of a model's weight matrices and of its output head, tied or not.
 
@@ -122,8 +113,12 @@ def matmul_params(params: Any) -> int:
 
 
 def step_flops(config: Config, params: Any) -> int:
-    """FLOPs of one optimizer step, on all devices together; `params` may be arrays or their shapes."""
+    """FLOPs of one optimizer step, on all devices together; `params` may be arrays or their shapes.
+
+    A token's forward and backward pass are 6 N + 12 L D T (PaLM, appendix B; nanoGPT's `estimate_mfu`), where N is
+    `matmul_params` and D the width of attention: query heads times head width. As in both sources attention counts in
+    full, without regard to causality, and recomputation does not count.
+    """
     model = config.model
-    sizes = {"n_layer": model.n_layer, "n_embd": model.n_embd, "block_size": model.block_size}
-    per_token = train_flops_per_token(n_matmul_params=matmul_params(params), **sizes)
+    per_token = 6 * matmul_params(params) + 12 * model.n_layer * model.n_embd * model.block_size
     return per_token * config.train.batch_size * model.block_size

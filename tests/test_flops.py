@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax.flops import PEAKS, device_peak, measured_matmul_peak, train_flops_per_token
+from gptjax.config import Config, ModelConfig, TrainConfig
+from gptjax.flops import PEAKS, device_peak, measured_matmul_peak, step_flops
 
 
 def test_peaks_have_the_names_of_devices():
@@ -41,21 +42,26 @@ def attention_and_mlp(weights, x_TD):
     return (x_TD + (x_TD @ weights["up"]) @ weights["down"]) @ weights["head"]
 
 
+def flops_of(n_matmul_params: int, **model) -> int:
+    """Of a step of one window."""
+    params = {"head": jax.ShapeDtypeStruct((n_matmul_params,), jnp.float32), "layers": {}}
+    return step_flops(Config(model=ModelConfig(**model), train=TrainConfig(batch_size=1)), params)
+
+
 def test_flops_are_those_the_compiler_counts():
     T, D, V = 64, 128, 512
     shapes = {"qkv": [(D, D)] * 3, "out": (D, D), "up": (D, 4 * D), "down": (4 * D, D), "head": (D, V)}
     weights = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda shape: isinstance(shape, tuple))
     counted = jax.jit(attention_and_mlp).lower(weights, jnp.zeros((T, D))).compile().cost_analysis()["flops"]
-    n_params = sum(w.size for w in jax.tree.leaves(weights))
-    estimate = train_flops_per_token(n_matmul_params=n_params, n_layer=1, n_embd=D, block_size=T)
+    estimate = flops_of(sum(w.size for w in jax.tree.leaves(weights)), n_layer=1, n_head=1, n_embd=D, block_size=T)
     # A backward pass has two matmuls for each of the forward pass. The two residual additions are the difference.
-    assert estimate * T == pytest.approx(3 * counted, rel=2e-3)
+    assert estimate == pytest.approx(3 * counted, rel=2e-3)
 
 
 def test_mfu_of_palm_540b():
     # PaLM, section 4.1 and table 3: 46.2% at 238.3k tokens/s on 6144 TPU v4, 118 layers, 48 heads of 256, 2048 tokens.
-    flops = train_flops_per_token(n_matmul_params=540_350_000_000, n_layer=118, n_embd=48 * 256, block_size=2048)
-    assert 238_300 * flops / (6144 * device_peak("TPU v4").flops) == pytest.approx(0.462, abs=5e-4)
+    flops = flops_of(540_350_000_000, n_layer=118, n_head=48, n_embd=48 * 256, block_size=2048)
+    assert 238_300 * flops / 2048 / (6144 * device_peak("TPU v4").flops) == pytest.approx(0.462, abs=5e-4)
 
 
 def test_measured_peak_counts_all_devices(monkeypatch):
