@@ -90,7 +90,6 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "col
 _FREE = "parameter constant tuple get-tuple-element bitcast while conditional call after-all async-start".split()
 _FREE_CALLS = re.compile("AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound|AsyncCollective")
 _VIEWS = ("bitcast", "reshape", "get-tuple-element")
-_COPIES = ("copy", "copy-start", "copy-done", "opt-barrier")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand has the values that they write in place
 
@@ -157,30 +156,6 @@ class Program:
         limits = [i for i in self.computations[condition].values() if i.op == "constant"]
         numbers = [int(n[1]) for i in limits if (n := re.search(r"^(\d+)", i.attributes))]
         return max(numbers, default=1)
-
-    def stacked_bytes(self, n_layer: int) -> float:
-        """Bytes of the activations [n_layer, ...] stored for the backward pass; 0 where no loop runs the layers."""
-        loops = (i for name in self.runs for i in self.computations[name].values() if i.op == "while")
-        forward = (i for i in loops if "jvp(" in i.scope and "transpose(" not in i.scope)
-        return max((self._stored(i, n_layer) for i in forward if self._trip_count(i) == n_layer), default=0.0)
-
-    def _stored(self, loop: _Instruction, n_layer: int) -> float:
-        """Bytes of the arrays with n_layer rows that the body of a loop changes."""
-        body = self.computations[loop.called("body")[0]]
-        [root] = [i for i in body.values() if i.is_root]
-        rows = [dims.split(",")[0] for _, dims, _ in _ARRAY.findall(loop.shape)]
-        arrays = zip(_array_bytes(loop.shape), rows, root.operands, strict=False)
-        return sum(n for n, row, name in arrays if row == str(n_layer) and self._origin(body, name).op not in _FREE)
-
-    def _origin(self, computation: _Computation, name: str) -> _Instruction:
-        """The instruction that computes a value, past the views and copies of it."""
-        instruction = computation[name]
-        while instruction.op in _VIEWS + _COPIES and instruction.operands:
-            operand = computation[instruction.operands[0]]
-            if instruction.op == "get-tuple-element" and operand.op in ("fusion", "while", "custom-call"):
-                return operand
-            instruction = operand
-        return instruction
 
     def collectives(self) -> list[Collective]:
         """All collectives of a step between several devices, those inside fusions too."""

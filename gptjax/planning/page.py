@@ -10,8 +10,7 @@ NOTES = {
     "parameters": "float32, from shapes and shardings",
     "optimizer": "the optimizer's state, from shapes and shardings",
     "padding and batch": "the rest of the compiler's arguments",
-    "activations": "stored for the backward pass: an estimate, from the loops",
-    "temporary": "the rest of the compiler's temporary memory",
+    "temporary": "activations, gradients and all else, at the peak",
     "program": "the compiled code",
     "other": "the rest of the total in the compiler's error",
 }
@@ -125,6 +124,6 @@ def to_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "tokens_per_step": plan.tokens,
         "hbm_capacity_bytes": plan.topology.capacity,
         "seconds": {key: None if math.isnan(value) else value for key, value in plan.seconds.items()},
-        "estimates": ["hbm_traffic_bytes", "hbm_parts.activations"],
+        "estimates": ["hbm_traffic_bytes"],
         **{key: value if plan.fits else None for key, value in timed.items()},
     }

@@ -148,12 +148,9 @@ def _add_memory_and_time(plan: Plan, compiled: Any) -> None:
     memory, stands_in = compiled.memory_analysis(), plan.config.model.attention == "blockwise"
     program = Program(compiled.as_text(), plan.mesh.size, excluded_loops="/attention/" if stands_in else "$^")
     state = sum(plan.hbm_parts.values())
-    temporary = memory.peak_memory_in_bytes - memory.argument_size_in_bytes  # not all temporary arrays live at the peak
-    activations = min(program.stacked_bytes(plan.config.model.n_layer), temporary)
     plan.hbm_parts |= {
         "padding and batch": memory.argument_size_in_bytes - state,
-        "activations": activations,
-        "temporary": temporary - activations,
+        "temporary": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,  # not all of it lives at the peak
         "program": memory.generated_code_size_in_bytes,
     }
     plan.hbm_bytes = sum(plan.hbm_parts.values())

@@ -101,14 +101,7 @@ def made(**changes):
     """A plan on 8 chips of v5e: 10 ms of FLOPs, 20 of HBM traffic, 5 of collectives."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4, 1), AXES)
     topology = Topology("v5e:2x4", TPUS["v5e"], (2, 4), int(15.75 * 2**30), jax.devices())
-    gibibytes = {
-        "parameters": 1,
-        "optimizer": 2,
-        "padding and batch": 0,
-        "activations": 3,
-        "temporary": 2,
-        "program": 0,
-    }
+    gibibytes = {"parameters": 1, "optimizer": 2, "padding and batch": 0, "temporary": 5, "program": 0}
     values = {
         "config": replace(PLANNED, mesh=MeshConfig(2, 4, 1)),
         "parameters": 124_000_000,
