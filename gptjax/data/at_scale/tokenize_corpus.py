@@ -6,23 +6,23 @@ depends on the sources and the tokenizer only, not on the workers or the job of 
 
 import contextlib
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import Progress
+from rich.progress import Progress, SpinnerColumn
 
 from gptjax.config import Section, argument, option
 from gptjax.data import token_files
@@ -83,9 +83,6 @@ class Count(NamedTuple):
         return f"{self.documents:,} documents, {self.train_tokens + self.val_tokens:,} tokens"
 
 
-Progressed = tuple[int, Count | None]  # a part's number, and how far it is; None at its end
-
-
 def tokenize_corpus(config: TokenizeConfig) -> None:
     """Make every shard of this job of the array that `config.out` lacks, and print the speed.
 
@@ -98,8 +95,8 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
     missing = {i: parts[i] for i in range(job - 1, len(parts), n_jobs) if not _is_complete(config.out, i)}
     n_workers = min(config.workers or n_cores(), len(missing))
     start = time.perf_counter()
-    with contextlib.closing(_run(missing, config, n_workers)) as messages:
-        total = _show(messages, missing)
+    with contextlib.closing(_run(missing, config, n_workers)) as counts:
+        total = _show(counts, missing)
     seconds = time.perf_counter() - start
     if missing:
         rate = (total.train_tokens + total.val_tokens) / seconds
@@ -110,12 +107,10 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
     print(f"{config.out} has {n_made} of {len(parts)} parts" + ("" if missing else ": nothing left for this job to do"))
 
 
-def tokenize_part(number: int, part: Part, tokenizer: Tokenizer, config: TokenizeConfig) -> Iterator[Count]:
-    """Write a part's two shards, and yield the count so far after each batch."""
+def tokenize_part(number: int, part: Part, tokenizer: Tokenizer, config: TokenizeConfig) -> Count:
+    """Write a part's two shards, and return what they hold."""
     dtype, end = dtype_for(tokenizer.vocab_size), tokenizer.vocabulary()[config.end_of_text]
     train, val = _shards_of(config.out, number)
-    for unfinished in [*train.parent.glob(f"{train.name}.*.part"), *val.parent.glob(f"{val.name}.*.part")]:
-        unfinished.unlink(missing_ok=True)  # by a worker that was killed
     n_documents, n_tokens = 0, [0, 0]
     with token_writer(train, dtype) as write_train, token_writer(val, dtype) as write_val:
         for batch in _batches(part, config):
@@ -125,7 +120,7 @@ def tokenize_part(number: int, part: Part, tokenizer: Tokenizer, config: Tokeniz
                 (write_val if to_val else write_train)(ids)
                 n_tokens[to_val] += len(ids)
                 n_documents += ends
-            yield Count(n_documents, *n_tokens)
+    return Count(n_documents, *n_tokens)
 
 
 def validates(document: Document, fraction: float) -> bool:
@@ -201,86 +196,55 @@ def _is_complete(folder: str, number: int) -> bool:
         return False
 
 
-def _run(parts: dict[int, Part], config: TokenizeConfig, n_workers: int) -> Generator[Progressed, None, None]:
-    """Tokenize each part in a process; yield the number of a part with each count of it, and with `None` at its end."""
-    waiting, workers = iter(parts.items()), dict[Any, tuple[int, SpawnProcess]]()
-    try:
-        while True:
-            for number, part in itertools.islice(waiting, n_workers - len(workers)):
-                connection, process = _start(number, part, config)
-                workers[connection] = number, process
-            if not workers:
-                return
-            for ready in wait(list(workers)):
-                number, process = workers[ready]
-                message = _receive(ready, process, parts[number][0].file)
-                if message is None:
-                    del workers[ready]
-                yield number, message
-    finally:
-        for _, process in workers.values():
-            process.terminate()
-        for _, process in workers.values():
-            process.join()
+def _run(parts: dict[int, Part], config: TokenizeConfig, n_workers: int) -> Generator[tuple[int, Count], None, None]:
+    """Tokenize the parts in processes; yield the number of a part and its count when it is complete."""
+    _remove_unfinished(parts, config)  # of a process that was killed
+    if not parts:
+        return
+    with ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _begin_worker) as pool:
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: only this process reports Ctrl-C
+        made = {pool.submit(_work, number, part, config): number for number, part in parts.items()}
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            for future in as_completed(made):
+                yield made[future], future.result()
+        except BrokenProcessPool as error:
+            raise UserError("a worker was killed, most often out of memory: repeat with fewer --workers") from error
+        finally:
+            for process in multiprocessing.active_children():
+                process.terminate()
+                process.join()
+            _remove_unfinished(parts, config)
 
 
-def _receive(connection: Any, process: SpawnProcess, file: str) -> Count | None:
-    """Return the next count of a worker, or `None` if it has ended."""
-    try:
-        message: Count | UserError = connection.recv()
-    except (EOFError, OSError) as error:
-        process.join()
-        if process.exitcode:
-            death = f"ended with exit code {process.exitcode} (-9: most often out of memory)"
-            raise UserError(f"the worker on {file} {death}: repeat the command with fewer --workers") from error
-        return None
-    if isinstance(message, UserError):
-        raise message
-    return message
+def _remove_unfinished(parts: Iterable[int], config: TokenizeConfig) -> None:
+    for shard in (shard for number in parts for shard in _shards_of(config.out, number)):
+        for unfinished in shard.parent.glob(f"{shard.name}.*.part"):
+            unfinished.unlink(missing_ok=True)
 
 
-def _start(number: int, part: Part, config: TokenizeConfig) -> tuple[Connection, SpawnProcess]:
-    """Start a worker on a part, and return the connection on which it sends counts, or an error."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, number, part, config))
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: only the parent reports Ctrl-C
-    process.start()
-    signal.signal(signal.SIGINT, interrupt)
-    sender.close()  # the worker has the only one, so its end is noticed
-    return receiver, process
-
-
-def _work(connection: Connection, number: int, part: Part, config: TokenizeConfig) -> None:
+def _begin_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unlike the default, removes the unfinished files
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # end with the parent process
+
+
+def _work(number: int, part: Part, config: TokenizeConfig) -> Count:
     try:
-        tokenizer = Tokenizer.load(Path(config.out, "tokenizer.json"))
-        for count in tokenize_part(number, part, tokenizer, config):
-            connection.send(count)
-    except (BrokenPipeError, ConnectionResetError):
-        return  # the parent process is gone
-    except UserError as error:
-        connection.send(error)
+        return tokenize_part(number, part, Tokenizer.load(Path(config.out, "tokenizer.json")), config)
     except OSError as error:
-        connection.send(UserError(f"cannot write in {config.out}: {error.strerror}; repeat the command to continue"))
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or a SystemExit while Python ends would print a traceback
+        raise UserError(f"cannot write in {config.out}: {error.strerror}; repeat the command to continue") from error
 
 
-def _show(messages: Iterable[Progressed], parts: dict[int, Part]) -> Count:
+def _show(counts: Iterable[tuple[int, Count]], parts: dict[int, Part]) -> Count:
     """Show the counts as they come, in a bar on a terminal or else in a line per part, and return their total."""
-    counts, total = dict.fromkeys(parts, Count()), Count()
-    sizes = {number: sum(piece.stop - piece.start for piece in part) for number, part in parts.items()}
-    with Progress(disable=not sys.stdout.isatty(), transient=True) as bar:
+    total, sizes = Count(), {number: sum(piece.stop - piece.start for piece in part) for number, part in parts.items()}
+    columns = (SpinnerColumn(), *Progress.get_default_columns())
+    with Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:
         task = bar.add_task("tokenizing", total=sum(sizes.values()))
-        for number, count in messages:
-            if count is not None:
-                counts[number] = count
-                total = Count(*map(sum, zip(*counts.values(), strict=True)))
-                bar.update(task, description=str(total))
-            else:
-                bar.advance(task, sizes[number])
-                if bar.disable:
-                    print(f"part {number}: {counts[number]}", flush=True)
+        for number, count in counts:
+            total = Count(*map(sum, zip(total, count, strict=True)))
+            bar.update(task, description=str(total), advance=sizes[number])
+            if bar.disable:
+                print(f"part {number}: {count}", flush=True)
     return total

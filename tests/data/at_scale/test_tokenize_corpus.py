@@ -103,14 +103,15 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
 
 
-def tokenize_here(sources, out: Path, spec: Path, part_bytes: int = 1 << 30, **fields) -> int:
-    """Every part, in this process; returns how many batches that were."""
+def tokenize_here(sources, out: Path, spec: Path, part_bytes: int = 1 << 30, **fields) -> None:
+    """Every part, in this process."""
     config = TokenizeConfig(tuple(map(str, sources)), str(out), str(spec), **fields)
     files = find_files(config.sources)
     parts = parts_of(files, part_bytes)
     begin_folder(config, files, len(parts))
     tokenizer = Tokenizer.load(spec)
-    return sum(len(list(tokenize_part(i, part, tokenizer, config))) for i, part in enumerate(parts))
+    for i, part in enumerate(parts):
+        tokenize_part(i, part, tokenizer, config)
 
 
 def ids_of(folder: Path, split: str = "train") -> np.ndarray:
@@ -220,7 +221,7 @@ def test_a_long_document_is_cut_without_a_trace(tmp_path, spec, monkeypatch, nam
     monkeypatch.setattr(tokenize_corpus, "_LONG", 300)
     monkeypatch.setattr(tokenize_corpus, "_BATCH_TEXTS", 1)
     monkeypatch.setattr(documents_, "_BLOCK", 64)
-    assert tokenize_here([tmp_path / name], tmp_path / "out", spec, val_fraction=1e-9, end_of_text="!") > 5
+    tokenize_here([tmp_path / name], tmp_path / "out", spec, val_fraction=1e-9, end_of_text="!")
     assert ids_of(tmp_path / "out").tolist() == expected_ids(spec, texts, "!")
 
 
@@ -290,7 +291,7 @@ def test_a_worker_that_dies_or_finds_a_mistake_ends_all_with_one_line(spec, tmp_
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(UserError, match=r"large\.jsonl ended with exit code -9.*--workers"):
+    with pytest.raises(UserError, match="a worker was killed.*--workers"):
         run(large(tmp_path), *options)
     killer.join()
     assert shards(out) == {} and not multiprocessing.active_children()
@@ -317,7 +318,7 @@ def test_a_stop_leaves_whole_shards_only_and_no_process(spec, tmp_path, whom):
         process.kill()
         process.communicate(timeout=60)  # until the last worker, which has the other end of stderr, is gone
     wait_for(lambda: not running(process.pid))
-    assert list(out.glob("*.bin*")) == []
+    assert list(out.glob("*.bin*" if whom == "Ctrl-C" else "*.bin")) == []
 
 
 # Mistakes
