@@ -72,7 +72,7 @@ def parts_of(files: dict[str, int], part_bytes: int) -> list[Part]:
 def documents(piece: Piece, column: str) -> Iterator[Document]:
     """Yield the non-empty documents of a piece in order; `column` is the field that holds the text.
 
-    Raises `UserError`, with the file and the line or row, for damaged files and for fields that are missing or no text.
+    Raises `UserError`, with the file and the byte or row, for damaged files and for fields that are missing or no text.
     """
     read = {"parquet": _parquet, "txt": _text}.get(_format(piece.file).split(".")[0], _json_lines)
     try:
@@ -153,8 +153,7 @@ def _json_lines(piece: Piece, column: str) -> Iterator[Document]:
             try:
                 text = _text_of_line(line, column)
             except ValueError as error:
-                number = _line_number(piece.file, position)
-                raise UserError(f"{piece.file}, line {number}, is not a JSON document: {error}") from error
+                raise UserError(f"{piece.file}: the line at byte {position} is no JSON document: {error}") from error
             yield (text,)
             position += len(line)
 
@@ -173,15 +172,6 @@ def _text_of_line(line: bytes, column: str) -> str:
         raise ValueError(f"its {column!r} is not text but {type(text).__name__}: pass --column")
     text.encode()  # raises UnicodeEncodeError for half a surrogate pair, which an escape such as \ud83d can make
     return text
-
-
-def _line_number(file: str, position: int) -> int:
-    """Return the number, from 1, of the line that begins at a byte."""
-    number = 1
-    with _open(file) as stream:
-        while position > 0 and (line := stream.readline()):
-            position, number = position - len(line), number + 1
-    return number
 
 
 def _parquet(piece: Piece, column: str) -> Iterator[Document]:
