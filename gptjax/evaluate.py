@@ -113,8 +113,7 @@ def text_loss(model: LanguageModel, tokens: TokenIds, block_size: int, stride: i
         "tokens": n_tokens,
         "bytes": n_bytes,
         "nats_per_token": nats / n_tokens,
-        "perplexity_per_token": _exp(nats / n_tokens),
-        "perplexity_per_byte": _exp(nats / n_bytes),
+        "perplexity_per_token": math.exp(min(nats / n_tokens, 700)),  # JSON has no infinity
         "bits_per_byte": nats / n_bytes / math.log(2),
     }
 
@@ -174,10 +173,6 @@ def _batches(items: Sequence[Any], description: str) -> Iterator[Sequence[Any]]:
     with Progress(disable=not sys.stderr.isatty(), transient=True) as bar:
         for i in bar.track(range(0, len(items), _BATCH), description=description):
             yield items[i : i + _BATCH]
-
-
-def _exp(nats: float) -> float | None:
-    return math.exp(nats) if nats < 700 else None  # JSON has no infinity
 
 
 if __name__ == "__main__":
