@@ -16,6 +16,7 @@ from pathlib import Path
 from gptjax import host
 from gptjax.cli import parse_arguments
 from gptjax.config import Section, argument, option
+from gptjax.data.corpora import read_text
 from gptjax.errors import UserError, one_line_errors
 from gptjax.files import write_atomically
 from gptjax.hub.weights import locate, open_weights
@@ -46,10 +47,7 @@ class Arguments(Section):
 
     def read_prompts(self) -> list[str]:
         """The lines of the file that are not empty."""
-        try:
-            lines = Path(self.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read prompts={self.prompts}: {error}") from error
+        lines = "".join(read_text(Path(self.prompts))).splitlines()
         if not (prompts := [line.strip() for line in lines if line.strip()]):
             raise UserError(f"prompts={self.prompts} has no prompts")
         return prompts
