@@ -155,7 +155,7 @@ def _tokenizer_of(folder: Path | str, name: str) -> Tokenizer:
         return Tokenizer.from_name_or_path(name)
     fix = "name the one that made its token files: --data.tokenizer gpt2, or the path of a tokenizer.json"
     if isinstance(folder, Path) and (folder / "meta.pkl").exists():
-        fix = f"run `python -m gptjax.data convert-meta {folder / 'meta.pkl'}` once"
+        fix = f"prepare the text that they were made from: --data.source {folder / 'input.txt'}"
     raise UserError(f"{folder} has no tokenizer.json: {fix}")
 
 

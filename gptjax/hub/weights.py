@@ -126,8 +126,8 @@ def tokenizer_of(path: Path, config: ModelConfig) -> str:
     if config.vocab_size in (50257, 50304):  # nanoGPT pads to the latter
         return "gpt2"
     raise UserError(
-        f"{path} was trained with a tokenizer of its own: put its tokenizer.json beside it; for a nanoGPT meta.pkl "
-        "`python -m gptjax.data convert-meta PATH/meta.pkl` makes one"
+        f"{path} was trained with a tokenizer of its own: put its tokenizer.json beside it; for characters "
+        "`python -m gptjax.data INPUT.txt --tokenizer char` makes the one that nanoGPT's meta.pkl holds"
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 
 from gptjax.config import DataConfig
 from gptjax.data import Dataset, corpora, load_dataset
-from gptjax.data.__main__ import convert_meta, main
+from gptjax.data.__main__ import main
 from gptjax.data.token_files import UINT16, write_tokens
 from gptjax.errors import UserError
 from gptjax.tokenizer import Tokenizer
@@ -147,9 +146,7 @@ def test_memory_stays_bounded_on_a_large_text(tmp_path):
     shutil.rmtree(tmp_path)  # pytest would keep 50 MB
 
 
-def test_nanogpts_characters_keep_their_ids(tmp_path):
-    """A folder as nanoGPT's data/shakespeare_char/prepare.py makes it, with ids in an order of its own."""
-    itos = dict(enumerate(["b", "a", "\n", "é"]))
+def test_nanogpts_token_files_take_the_tokenizer_that_is_named(tmp_path):
     write_tokens(tmp_path / "train.bin", [np.array([0, 1, 2, 3, 0])], UINT16)
     write_tokens(tmp_path / "val.bin", [np.array([1, 1])], UINT16)
     config = DataConfig(source=str(tmp_path))
@@ -157,14 +154,9 @@ def test_nanogpts_characters_keep_their_ids(tmp_path):
         load_dataset(config)
     Tokenizer.characters("wxyz").save(tmp_path / "other.json")
     assert text_of(load_dataset(with_(config, tokenizer=str(tmp_path / "other.json"))), "val") == "xx"
-    meta = {"vocab_size": 4, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    with pytest.raises(UserError, match="convert-meta .*meta.pkl"):
+    (tmp_path / "meta.pkl").touch()
+    with pytest.raises(UserError, match="--data.source .*input.txt"):
         load_dataset(config)
-    assert convert_meta(tmp_path / "meta.pkl") == tmp_path / "tokenizer.json"
-    dataset = load_dataset(config)
-    assert dataset.folder == tmp_path
-    assert text_of(dataset, "train") == "ba\néb" and text_of(dataset, "val") == "aa"
 
 
 def test_llm_cs_shards_are_used_as_they_are_and_a_damaged_data_json_is_named(tmp_path):
@@ -181,29 +173,6 @@ def test_llm_cs_shards_are_used_as_they_are_and_a_damaged_data_json_is_named(tmp
             load_dataset(DataConfig(source=str(tmp_path)))
 
 
-class Hostile:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.path}",)
-
-
-def test_a_meta_that_is_hostile_or_no_character_vocabulary_is_refused_and_runs_nothing(tmp_path):
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        payload = pickle.dumps({"itos": Hostile(tmp_path / "ran")}, protocol)
-        (tmp_path / "meta.pkl").write_bytes(payload)
-        with pytest.raises(UserError, match="system"):
-            convert_meta(tmp_path / "meta.pkl")
-        assert not (tmp_path / "ran").exists() and not (tmp_path / "tokenizer.json").exists()
-        pickle.loads(payload)
-        (tmp_path / "ran").unlink()  # so it was hostile
-    for meta in (b"", b"junk", [1], {"itos": {0: "ab"}}, {"itos": {1: "a"}}, {"itos": dict(enumerate("aa"))}):
-        (tmp_path / "meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
-        with pytest.raises(UserError, match="meta.pkl is not a character vocabulary"):
-            convert_meta(tmp_path / "meta.pkl")
-
-
 def test_the_command_prepares_and_says_what_it_made(config, capsys):
     main([config.source, "--tokenizer", "bpe", "--vocab_size", "280", "--dir", config.dir])
     output = capsys.readouterr().out
@@ -218,15 +187,15 @@ def test_the_command_prepares_and_says_what_it_made(config, capsys):
 
 
 def test_mistakes_are_one_line_and_exit_code_2_and_help_is_for_every_command(tmp_path, capsys):
-    for arguments in ("", "none.txt", "x --vocab_size many", "x --vocab_size 3", "x --what", "convert-meta no"):
+    for arguments in ("", "none.txt", "x --vocab_size many", "x --vocab_size 3", "x --what"):
         with pytest.raises(UserError):
             main(arguments.split())
-    command = [sys.executable, "-m", "gptjax.data", "convert-meta", "no"]
+    command = [sys.executable, "-m", "gptjax.data", "no"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: cannot read no") and done.stderr.count("\n") == 1
-    for command in (["--help"], ["tokenize", "--help"], ["convert-meta", "--help"]):
+    assert done.stderr.startswith("error: text file 'no'") and done.stderr.count("\n") == 1
+    for command in (["--help"], ["tokenize", "--help"]):
         with pytest.raises(SystemExit, match="0"):
             main(command)
         assert f"python -m gptjax.data {' '.join(command[:-1])}".strip() in capsys.readouterr().out
