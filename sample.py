@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from gptjax import host
 from gptjax.cli import parse_arguments
 from gptjax.config import Section, option
-from gptjax.errors import UserError, one_line_errors
+from gptjax.data.corpora import decoded
+from gptjax.errors import one_line_errors
 from gptjax.inference.generate import PrefixCache
 from gptjax.inference.language_model import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Answer, Dtype, LanguageModel, Which
 from gptjax.inference.sampling import Sampling
@@ -58,13 +58,8 @@ class Arguments(Section):
         """The prompts of --prompt, of the file or of standard input."""
         if self.prompt_file is None:
             return self.prompt or [""]
-        try:
-            data = sys.stdin.buffer.read() if self.prompt_file == "-" else Path(self.prompt_file).read_bytes()
-            return [data.decode("utf-8")]
-        except OSError as error:
-            raise UserError(f"prompt_file={self.prompt_file}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"prompt_file={self.prompt_file} is not UTF-8 at byte {error.start}") from error
+        with open(0 if self.prompt_file == "-" else self.prompt_file, "rb", closefd=self.prompt_file != "-") as file:
+            return ["".join(decoded(file, self.prompt_file))]
 
     def sampling(self, model: LanguageModel) -> Sampling:
         """The rules that are given, else those that the model's makers recommend, else the usual ones."""
