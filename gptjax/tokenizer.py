@@ -13,8 +13,8 @@ from jaxtyping import Int32, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptjax.errors import UserError
+from gptjax.vocabulary import END_OF_TEXT, byte_level, read_vocabulary
 
-END_OF_TEXT = "<|endoftext|>"
 Ids = Iterable[int] | Integer[np.ndarray, " T"]
 _CHARACTERS = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")  # "." does not match a newline
 _BATCH = 16  # chunks of a text that the library encodes at once, in its threads
@@ -49,7 +49,7 @@ class Tokenizer:
 
         A short text may have too few pairs to merge for a vocabulary of `vocab_size`.
         """
-        library = _byte_level(models.BPE())
+        library = byte_level(models.BPE())
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
@@ -59,20 +59,18 @@ class Tokenizer:
 
     @classmethod
     def from_name_or_path(cls, name: str) -> "Tokenizer":
-        """Load 'gpt2', a tokenizer.json, or a folder with one or with GPT-2's vocabulary and merges (either naming)."""
+        """Load 'gpt2', a tokenizer.json, or a folder with one or with the vocabulary and merges of GPT-2 or Qwen2.
+
+        'gpt2' is the published tokenizer even where there is a folder gpt2, which './gpt2' names.
+        """
         if name == "gpt2":
             return cls._download("openai-community/gpt2")
-        path = Path(name)
+        path = Path(name).expanduser()
         if not path.is_dir():
             return cls.load(path)
         if (path / "tokenizer.json").exists():
             return cls.load(path / "tokenizer.json")
-        for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-            if (path / vocabulary).exists() and (path / merges).exists():
-                library = _byte_level(_read(models.BPE.from_file, path / vocabulary, path / merges))
-                library.add_special_tokens([END_OF_TEXT])
-                return cls(library)
-        raise UserError(f"{path} has no tokenizer.json, no vocab.json with merges.txt, no encoder.json with vocab.bpe")
+        return cls(read_vocabulary(path))
 
     @classmethod
     def _download(cls, repository: str) -> "Tokenizer":
@@ -223,13 +221,6 @@ def safe_chunks(chunks: Iterable[str], longest_whole: int = 0) -> Iterator[str]:
             pending = pending[cut:]
     if pending:
         yield pending
-
-
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    library = tokenizers.Tokenizer(model)
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    return library
 
 
 def _character_table(library: tokenizers.Tokenizer) -> np.ndarray | None:

@@ -27,6 +27,7 @@ from gptjax.hub.families import Family, by_path, draw_params, expected_tensors, 
 # Files beside the weights and tokenizer.json of a Hugging Face folder. A run that starts from the folder copies them.
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+_HUB_FILES += ["added_tokens.json"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "BF16", "F16")  # as safetensors names them
 
