@@ -25,11 +25,14 @@ class Tokenizer:
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
         library.encode_special_tokens = True  # "<|endoftext|>" in a corpus is 13 characters of text
+        library.no_truncation()  # settings of the batch that a tokenizer.json was last used for
+        library.no_padding()
         self._library = library
         vocabulary = library.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1  # some ids below it may be unused
         self.end_of_text: int | None = vocabulary.get(END_OF_TEXT)
         self._id_of_code_point = _character_table(library)
+        self.begin: Int32[np.ndarray, " T"] = _first_tokens(library)
 
     @classmethod
     def characters(cls, alphabet: Iterable[str]) -> "Tokenizer":
@@ -117,23 +120,19 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UserError(f"the text is no Unicode at index {error.start}: pass it as UTF-8") from error
         self._library.encode_special_tokens = not special  # the library's flag: special tokens are plain text
-        ids = self._library.encode(text, add_special_tokens=begin).ids
+        ids = self._library.encode(text, add_special_tokens=False).ids
         self._library.encode_special_tokens = True
-        return np.array(ids, np.int32)
+        return np.array([*self.begin, *ids] if begin else ids, np.int32)
 
-    def prompt(self, text: str = "") -> Int32[np.ndarray, " T"]:
-        """Return the ids of a prompt, with special tokens and the tokens that begin a text.
+    def prompt(self, text: str = "", *, special: bool = True) -> Int32[np.ndarray, " T"]:
+        """Return the ids of a prompt, with the tokens that begin a text but not those that end one.
 
-        An empty prompt is a newline, or token 0 for a character tokenizer without one. Raises `UserError` as `encode`.
+        An empty prompt is a newline, or token 0 for a character tokenizer without one. `special` as in `encode`, which
+        raises `UserError`.
         """
         if not text and self._id_of_code_point is not None and "\n" not in self.vocabulary():
             return np.zeros(1, np.int32)
-        return self.encode(text or "\n", special=True, begin=True)
-
-    @property
-    def begin(self) -> Int32[np.ndarray, " T"]:
-        """The tokens that the tokenizer adds before every text: none, or one (Llama's)."""
-        return self.encode("", special=True, begin=True)
+        return self.encode(text or "\n", special=special, begin=True)
 
     def vocabulary(self) -> dict[str, int]:
         """Return the id of each token, by the token's text."""
@@ -221,6 +220,15 @@ def safe_chunks(chunks: Iterable[str], longest_whole: int = 0) -> Iterator[str]:
             pending = pending[cut:]
     if pending:
         yield pending
+
+
+def _first_tokens(library: tokenizers.Tokenizer) -> Int32[np.ndarray, " T"]:
+    """Return the tokens that the post-processor puts before a text (Llama's <s>), without those that it puts after."""
+    if not library.num_special_tokens_to_add(is_pair=False):
+        return np.zeros(0, np.int32)
+    text = library.encode("a")
+    added = itertools.takewhile(lambda pair: pair[1], zip(text.ids, text.special_tokens_mask, strict=True))
+    return np.array([i for i, _ in added], np.int32)
 
 
 def _character_table(library: tokenizers.Tokenizer) -> np.ndarray | None:

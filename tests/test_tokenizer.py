@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from gptjax.errors import UserError
 from gptjax.tokenizer import END_OF_TEXT, TextStream, Tokenizer, safe_chunks
@@ -127,6 +127,23 @@ def test_the_name_of_the_end_of_text_is_plain_text_unless_asked_for(bpe):
     assert bpe.decode(special) == bpe.decode(bpe.encode(text)) == text
     assert bpe.encode("Well", special=True).tolist() == bpe.encode("Well").tolist()
     assert bpe.encode("").shape == bpe.encode("", special=True).shape == (0,)
+
+
+def test_settings_of_a_batch_in_a_file_change_no_ids(bpe, tmp_path):
+    """Truncation, padding and tokens behind a text, which a prompt must not end with; those before it stay."""
+    library = tokenizers.Tokenizer.from_str(bpe.to_json())
+    library.enable_truncation(max_length=8)
+    library.enable_padding(length=9, pad_id=3, pad_token="!")
+    ends = [("<s>", 5), ("</s>", 6)]
+    library.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    for text in (PROSE, "", "a"):
+        ids = bpe.encode(text).tolist()
+        assert tokenizer.encode(text).tolist() == tokenizer.encode_batch([text])[0].tolist() == ids
+        assert tokenizer.prompt(text).tolist() == [5, *(ids or bpe.encode("\n").tolist())]
+    assert tokenizer.begin.tolist() == [5]
+    assert [i for ids in tokenizer.encode_chunks([PROSE] * 9) for i in ids] == bpe.encode(PROSE * 9).tolist()
 
 
 def streamed(tokenizer, ids):
