@@ -81,7 +81,9 @@ class Tokenizer:
         try:
             return cls(tokenizers.Tokenizer.from_pretrained(repository))
         except Exception as error:  # the hub has a class for each cause
-            fix = "pass a folder with tokenizer.json, or with encoder.json and vocab.bpe: --data.tokenizer FOLDER"
+            place = "a folder with its tokenizer.json, or with encoder.json and vocab.bpe"
+            place = "./gpt2, the folder here" if Path("gpt2").is_dir() else place
+            fix = f"in place of 'gpt2' name {place}; for a ckpt.pt put these files beside it"
             raise UserError(f"cannot download GPT-2's tokenizer: {fix}") from error
         finally:
             logging.disable(logging.NOTSET)

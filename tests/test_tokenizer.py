@@ -203,5 +203,8 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("tokenizers.Tokenizer", type("Offline", (), {"from_pretrained": staticmethod(offline)}))
-    with pytest.raises(UserError, match="--data.tokenizer FOLDER"):
-        Tokenizer.from_name_or_path("gpt2")
+    for fix in ("name a folder with its tokenizer.json, or with encoder.json and vocab.bpe; for a ckpt.pt", "./gpt2,"):
+        with pytest.raises(UserError, match=f"in place of 'gpt2'.* {fix}"):
+            Tokenizer.from_name_or_path("gpt2")
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "gpt2").mkdir(exist_ok=True)

@@ -44,7 +44,7 @@ class Weights:
 
 
 def locate(name: str) -> Path:
-    """The path itself if it exists, else the folder of the model of that name, downloaded from the hub.
+    """The path itself if it exists (a folder gpt2), else the folder of the model of that name, downloaded from the hub.
 
     Raises `UserError` if there is no such path, and no such model or no network.
     """
@@ -119,11 +119,12 @@ def reuse_params(params: Any, config: ModelConfig, abstract: Any, seed: int = 0)
 def tokenizer_of(path: Path, config: ModelConfig) -> str:
     """The tokenizer of a folder or a ckpt.pt, as data.tokenizer names it.
 
-    Raises `UserError` if a ckpt.pt has no tokenizer.json beside it and not GPT-2's vocabulary.
+    Raises `UserError` if a ckpt.pt has no tokenizer beside it and not GPT-2's vocabulary.
     """
-    beside = path if path.is_dir() else path.parent / "tokenizer.json"
-    if beside.exists():
-        return str(beside)
+    beside = ("tokenizer.json", "vocab.json", "encoder.json")
+    if path.is_dir() or any((path.parent / name).exists() for name in beside):
+        folder = path if path.is_dir() else path.parent
+        return str(folder) if folder.name != str(folder) else f"./{folder}"  # a bare name could be the keyword gpt2
     if config.vocab_size in (50257, 50304):  # nanoGPT pads to the latter
         return "gpt2"
     raise UserError(

@@ -414,6 +414,14 @@ def test_a_tokenizer_must_fit_the_model(make, saved, checkpoint):
     refusal(path, "put its tokenizer.json beside it", read=LanguageModel.load)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bpe"])
+def test_a_folder_with_the_name_of_a_keyword_has_its_own_tokenizer(name, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole / "gpt2", tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert LanguageModel.load(name).tokenizer.vocab_size == 20
+    assert Tokenizer.from_name_or_path(open_pretrained(name).tokenizer).vocab_size == 20
+
+
 def test_broken_side_files(make):
     folder = make()
     for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
