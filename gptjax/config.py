@@ -109,6 +109,7 @@ class ModelConfig(Section):
     logit_cap: float = option(0.0, "cap logits x to logit_cap tanh(x / logit_cap); 0: no cap")
     bias: bool = option(False, "biases in linear layers and LayerNorms, as in GPT-2")
     qkv_bias: bool = option(False, "biases in queries, keys and values only, as in Qwen2.5")
+    out_bias: bool = option(False, "a bias in the attention's output, which Llama's attention_bias has as well")
     tied_head: bool = option(True, "use the token embedding as the output head; false: separate weights")
     lora_rank: int = chosen(
         0, "LoRA: rank of the updates of linear layers, which alone are trained; 0: train all parameters"

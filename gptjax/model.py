@@ -111,7 +111,8 @@ class Attention(nn.Module):
             y_BTNH = sequence_attention(config.attention, q_BTNH, k_BTKH, v_BTKH, document_BT)
         else:
             y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, Dropout(config.attention_rate), document_BT)
-        out = Linear(config, (config.n_embd,), n_in=2, use_bias=config.bias, residual=True, name="out")
+        biased = config.bias or config.out_bias
+        out = Linear(config, (config.n_embd,), n_in=2, use_bias=biased, residual=True, name="out")
         return Dropout(config.dropout)(out(y_BTNH)), cache
 
     def _queries_keys_values(self, x_BTD: jax.Array) -> list[jax.Array]:

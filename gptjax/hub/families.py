@@ -141,7 +141,8 @@ def family_of(config: ModelConfig) -> Family:
 
     Raises `UserError` if no family has a field's value.
     """
-    family: Family = "gpt2" if config.position == "learned" else "qwen2" if config.qkv_bias else "llama"
+    is_qwen = config.qkv_bias and not config.out_bias
+    family: Family = "gpt2" if config.position == "learned" else "qwen2" if is_qwen else "llama"
     values = config_values(family, config)
     # Where the model has no biases, those of GPT-2 are zeros.
     back = replace(_gpt2_config(values), bias=config.bias) if family == "gpt2" else _llama_config(values)
@@ -193,32 +194,54 @@ def _gpt2_config(values: dict[str, Any]) -> ModelConfig:
 def _llama_config(values: dict[str, Any]) -> ModelConfig:
     is_qwen = values["model_type"] == "qwen2"
     n_head, n_embd = values["num_attention_heads"], values["hidden_size"]
-    n_kv_head, bias = values.get("num_key_value_heads"), values.get("attention_bias", False)
-    _require_values(values, {"hidden_act": "silu", "use_sliding_window": False, "head_dim": n_embd // max(n_head, 1)})
-    if not is_qwen:
-        _require_values(values, {"mlp_bias": bias})
-    rope = (values.get("rope_scaling") or {}) | (values.get("rope_parameters") or {})
-    kind, scaling = rope.get("rope_type", rope.get("type", "default")), {}
-    if kind not in ("default", "llama3"):
-        raise UserError(f"rope_type {kind!r} is not supported; only 'default' and 'llama3' are")
-    _require_values(rope, _ROPE_SCALING)
-    if kind == "llama3":
-        original = rope["original_max_position_embeddings"]
-        scaling = {"rope_factor": _number(rope["factor"]), "rope_original_block_size": original}
+    n_kv_head, bias = values.get("num_key_value_heads"), not is_qwen and bool(values.get("attention_bias"))
+    _require_values(values, {"hidden_act": "silu", "head_dim": n_embd // max(n_head, 1)})
+    if not bias and not is_qwen:
+        _require_values(values, {"mlp_bias": False})
+    attention_only = bias and not values.get("mlp_bias")
     longest = 32768 if is_qwen else 2048
     usual = {"max_position_embeddings": longest, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    return ModelConfig(
+    config = ModelConfig(
         **_renamed(usual | values, 1),
+        **_rope(values),
         n_kv_head=0 if n_kv_head in (None, n_head) else n_kv_head,
         mlp_width=values["intermediate_size"],
         activation="swiglu",
         norm="rmsnorm",
         position="rope",
-        rope_theta=_number(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
-        bias=bool(bias) and not is_qwen,
-        qkv_bias=is_qwen,
-        **scaling,
+        bias=bias and not attention_only,
+        qkv_bias=is_qwen or attention_only,
+        out_bias=attention_only,
     )
+    if is_qwen and values.get("use_sliding_window"):
+        _require_full_attention(values, config)
+    return config
+
+
+def _rope(values: dict[str, Any]) -> dict[str, Any]:
+    """The rotary fields of ModelConfig. Raises `UserError` if rope_scaling and rope_parameters are not the same."""
+    usual = {"rope_theta": values.get("rope_theta", 10_000.0), "rope_type": "default"}
+    given = [values[name] for name in ("rope_scaling", "rope_parameters") if values.get(name)]
+    found = [usual | {"rope_type": rope.pop("type", "default")} | rope for rope in map(dict, given)]
+    rope = (found or [usual])[0]
+    if any(other != rope for other in found):
+        raise UserError("rope_scaling and rope_parameters contradict each other: remove the one that does not hold")
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise UserError(f"rope_type {rope['rope_type']!r} is not supported; only 'default' and 'llama3' are")
+    _require_values(rope, _ROPE_SCALING | {"partial_rotary_factor": 1.0})
+    fields = {"rope_theta": _number(rope["rope_theta"])}
+    if rope["rope_type"] == "default":
+        return fields
+    original = rope["original_max_position_embeddings"]
+    return fields | {"rope_factor": _number(rope["factor"]), "rope_original_block_size": original}
+
+
+def _require_full_attention(values: dict[str, Any], config: ModelConfig) -> None:
+    """Raise `UserError` unless the sliding window is as long as the context or no layer has it."""
+    window, first = values.get("sliding_window", 4096), values.get("max_window_layers", 28)
+    windowed = "sliding_attention" in types if (types := values.get("layer_types")) else first < config.n_layer
+    if windowed and window is not None and window < config.block_size:
+        raise UserError(f"use_sliding_window=True is not supported: layers attend to {window} tokens")
 
 
 def config_values(family: Family, config: ModelConfig) -> dict[str, Any]:
@@ -233,7 +256,7 @@ def config_values(family: Family, config: ModelConfig) -> dict[str, Any]:
         }
     original = {"original_max_position_embeddings": config.rope_original_block_size}
     scaling = {"rope_type": "llama3", "factor": config.rope_factor} | original | _ROPE_SCALING
-    biases = {"attention_bias": config.bias, "mlp_bias": config.bias} if family == "llama" else {}
+    biases = {"attention_bias": config.bias or config.out_bias, "mlp_bias": config.bias} if family == "llama" else {}
     return theirs | {
         "model_type": family,
         "architectures": ["LlamaForCausalLM" if family == "llama" else "Qwen2ForCausalLM"],

@@ -41,6 +41,7 @@ NAMES = {
     "qwen2": ["model.layers.0.mlp.gate_proj.weight", "model.layers.1.self_attn.k_proj.bias", "lm_head.weight"],
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": 4}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ALPHABET = "abcdefghijklmnopqrst"
 
@@ -279,7 +280,11 @@ def test_every_number_of_a_config_is_needed_and_plausible(family, refuses):
         ("llama", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("llama", {"head_dim": 8}, "head_dim=8"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("qwen2", WINDOW | {"max_window_layers": 1}, "use_sliding_window=True"),
+        ("qwen2", WINDOW | {"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window=True"),
+        ("qwen2", {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"type": "yarn"}}, "contradict each other"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"factor": 1.0}}, "contradict each other"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ("qwen2", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e6}}, "rope_type 'longrope'"),
         *(("gpt2", {"model_type": kind}, f"model_type {kind!r}") for kind in ("mistral", "GPT2", None, ["gpt2"])),
     ],
@@ -287,6 +292,14 @@ def test_every_number_of_a_config_is_needed_and_plausible(family, refuses):
 )
 def test_a_config_of_another_model(family, fields, word, refuses):
     refuses(CONFIGS[family] | fields, word)
+
+
+@pytest.mark.parametrize("fields", [{}, {"layer_types": ["full_attention"] * 2}, {"sliding_window": 8}], ids=str)
+def test_a_sliding_window_that_hides_nothing_is_accepted(fields, make):
+    """No layer has it (28 is the first by default), or it is as long as the context."""
+    folder = make("qwen2")
+    (folder / "config.json").write_text(json.dumps(CONFIGS["qwen2"] | WINDOW | {"max_window_layers": 28} | fields))
+    open_weights(folder)
 
 
 # A model of ours as one of a family

@@ -57,6 +57,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 MHA = {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}
+ATTENTION_BIAS = {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
 MQA = {"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-2, "rope_parameters": LLAMA3_ROPE}
 PADDED = {"vocab_size": 1030}  # to 1152 rows
 CASES = {
@@ -69,6 +70,7 @@ CASES = {
     ),
     "llama-3-rope-mqa-eps": ("llama", LLAMA | MQA),
     "llama-mha-biases-tied-padded": ("llama", LLAMA | MHA | PADDED | {"tie_word_embeddings": True}),
+    "llama-attention-biases": ("llama", LLAMA | ATTENTION_BIAS),
     "qwen2-gqa": ("qwen2", LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
 }
 TEXTS = [
@@ -421,10 +423,34 @@ def assert_same_numbers(config, theirs):
         return
     assert (config.norm_eps, config.activation, theirs.hidden_act) == (theirs.rms_norm_eps, "swiglu", "silu")
     assert config.bias == getattr(theirs, "attention_bias", False) == getattr(theirs, "mlp_bias", False)
+    assert_same_angles(config, theirs)
+
+
+def assert_same_angles(config, theirs):
     module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
     angle_H = rope_angles(config, jnp.ones((1, 1), jnp.int32))[0, 0]
     np.testing.assert_allclose(angle_H, module.inv_freq.numpy(), rtol=1e-6)  # float32's last places
     assert module.attention_scaling == 1
+
+
+BOTH = {"rope_type": "default", "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": LLAMA3_ROPE, "rope_parameters": LLAMA3_ROPE},
+        {"rope_scaling": {**LLAMA3_ROPE, "type": "llama3"}, "rope_theta": 3e4},
+        {"rope_scaling": {"type": "default"}, "rope_parameters": BOTH, "rope_theta": 1e6},
+        {"rope_scaling": None, "rope_parameters": BOTH, "rope_theta": 1e4},
+        {"rope_scaling": {}, "rope_theta": 3e4},
+    ],
+    ids=str,
+)
+def test_every_spelling_of_the_rotary_fields(fields, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA, **fields}))
+    config = read_config(tmp_path / "config.json")[1]
+    assert_same_angles(config, transformers.AutoConfig.from_pretrained(tmp_path))
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
