@@ -96,10 +96,9 @@ def expected_tensors(config: ModelConfig, family: Family) -> dict[str, Tensor]:
     return tensors
 
 
-def is_redundant(name: str, config: ModelConfig) -> bool:
-    """Whether a checkpoint's tensor holds no parameter: a mask, rotary frequencies, or a head that is the embedding."""
-    tied = config.tied_head and name == "lm_head.weight"
-    return tied or bool(re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name))
+def is_redundant(name: str) -> bool:
+    """Whether a checkpoint's tensor holds no parameter, but a mask or rotary frequencies."""
+    return bool(re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name))
 
 
 def by_path(tree: Any) -> dict[str, Any]:

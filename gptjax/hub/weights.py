@@ -68,7 +68,7 @@ def open_weights(path: Path) -> Weights:
     Raises `UserError` if it is neither, if its family or a feature is not supported, if a file is missing or damaged,
     or if a tensor is missing, unexpected or of another shape than the config says.
     """
-    weights = _open_folder(path) if path.is_dir() else _open_nanogpt(path)
+    weights = _settle_head(_open_folder(path) if path.is_dir() else _open_nanogpt(path))
     found, expected = weights.shapes, expected_tensors(weights.config, weights.family)
     for name, spec in expected.items():
         if name not in found:
@@ -177,6 +177,28 @@ def _put(stacked: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(stacked, layer.astype(stacked.dtype), index, axis=0)
 
 
+def _settle_head(weights: Weights) -> Weights:
+    """The checkpoint with the head that transformers gives it, where the config ties the head to the embedding.
+
+    If both are in the file and differ, they are not tied; if only the head is there, it is the embedding as well.
+    """
+    head, shapes = "lm_head.weight", dict(weights.shapes)
+    if not weights.config.tied_head or head not in shapes:
+        return weights
+    embedding = "transformer.wte.weight" if weights.family in ("gpt2", "nanogpt") else "model.embed_tokens.weight"
+    if embedding not in shapes:
+        shapes[embedding] = shapes.pop(head)
+        return replace(weights, shapes=shapes, read=lambda name: weights.read(head if name == embedding else name))
+    if shapes[head] == shapes[embedding] and np.array_equal(weights.read(head), weights.read(embedding)):
+        del shapes[head]
+        return replace(weights, shapes=shapes)
+    print(
+        f"note: {weights.source}: {head} differs from {embedding}, so they are not tied as config.json says",
+        file=sys.stderr,
+    )
+    return replace(weights, config=replace(weights.config, tied_head=False))
+
+
 def _open_folder(folder: Path) -> Weights:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json: pass a run's folder or a Hugging Face folder")
@@ -188,7 +210,7 @@ def _open_folder(folder: Path) -> Weights:
             name, tensor = own_name, file.get_slice(own_name)
             if family == "gpt2":  # openai-community/gpt2 leaves out the prefix that transformers writes
                 name = re.sub(r"^(h\.\d+|wte|wpe|ln_f)\.", r"transformer.\g<0>", own_name)
-            if is_redundant(name, config):
+            if is_redundant(name):
                 continue
             if name in shapes:
                 raise UserError(f"{folder} has {name!r} twice, the second time in {path.name}")
@@ -245,7 +267,7 @@ def _open_nanogpt(path: Path) -> Weights:
         config = within_limits(ModelConfig(activation="gelu_erf", **arguments))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    state = {name: tensor for name, tensor in state.items() if not is_redundant(name, config)}
+    state = {name: tensor for name, tensor in state.items() if not is_redundant(name)}
     floats = (torch.float32, torch.bfloat16, torch.float16)
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.dtype not in floats:

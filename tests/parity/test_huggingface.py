@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ transformers = pytest.importorskip("transformers", reason="the reference; pip in
 
 import tokenizers  # noqa: E402
 from reference import Block, Reference, load  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -277,6 +278,28 @@ def test_what_is_exported_comes_back(name, open_case, tmp_path):
     for text in (*TEXTS, "<|im_start|>user\nHi<|im_end|>\n"):
         assert theirs(text).input_ids == expected(text).input_ids
     assert theirs.chat_template == CHAT_TEMPLATE and theirs.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-mha-biases-tied-padded"])
+@pytest.mark.parametrize("file_has", ["another head", "the same head", "the head alone"])
+def test_a_head_beside_a_tied_embedding(name, file_has, open_case, tmp_path, capsys):
+    """As in transformers, one of other values is used, and one alone is the embedding."""
+    case, tensors = open_case(name), {}
+    shutil.copytree(case.folder, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("*.safetensors"):
+        tensors |= load_file(path)
+        path.unlink()
+    embedding = next(key for key in tensors if key.endswith(("wte.weight", "embed_tokens.weight")))
+    tensors["lm_head.weight"] = tensors[embedding].clone()
+    if file_has == "another head":
+        tensors["lm_head.weight"] += 0.5 * torch.randn(tensors[embedding].shape, generator=torch.manual_seed(3))
+    elif file_has == "the head alone":
+        del tensors[embedding]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ours, theirs = LanguageModel.load(str(tmp_path)), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_logits(logits_of(ours.config, ours.params, case.tokens_BT), their_logits(theirs.eval(), case.tokens_BT))
+    differs = file_has == "another head"
+    assert ours.config.tied_head is not differs and ("lm_head.weight differs" in capsys.readouterr().err) is differs
 
 
 def test_a_run_is_exported(scramble, tmp_path):
