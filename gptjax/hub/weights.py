@@ -264,7 +264,10 @@ def _open_nanogpt(path: Path) -> Weights:
     if unknown := arguments.keys() - {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}:
         raise UserError(f"{path}: nanoGPT's model has no {', '.join(map(str, unknown))}")
     try:
-        config = within_limits(ModelConfig(activation="gelu_erf", **arguments))
+        # Before it had the option `bias` (January 2023), nanoGPT had biases and the tanh form of GELU.
+        early: dict[str, Any] = {"activation": "gelu_tanh", "bias": True, "vocab_size": 50257}
+        usual = {"activation": "gelu_erf"} if "bias" in arguments else early
+        config = within_limits(ModelConfig(**usual | arguments))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     state = {name: tensor for name, tensor in state.items() if not is_redundant(name)}

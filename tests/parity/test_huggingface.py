@@ -335,32 +335,41 @@ class _ErfBlock(Block):
         return x + self.mlp_proj(torch.nn.functional.gelu(self.c_fc(self.ln_2(x))))
 
 
+class _TanhBlock(Block):
+    def forward(self, x):  # as nanoGPT's own GELU before it had the option `bias`
+        x = x + self.attend(self.ln_1(x))
+        return x + self.mlp_proj(torch.nn.functional.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
 def nanogpt_name(name):
     """The name that a parameter of the reference has in nanoGPT."""
     name = name.replace("blocks.", "h.").replace("attn_proj", "attn.c_proj").replace("mlp_proj", "mlp.c_proj")
     return "transformer." + name.replace("c_attn", "attn.c_attn").replace("c_fc", "mlp.c_fc")
 
 
-@pytest.mark.parametrize(("bias", "prefix"), [(True, "_orig_mod."), (False, "")], ids=["bias-compiled", "no-bias"])
+@pytest.mark.parametrize(("bias", "prefix"), [(True, "_orig_mod."), (False, ""), (None, "")], ids=str)
 def test_nanogpts_checkpoint(bias, prefix, scramble, tmp_path):
+    """Compiled, without biases, and of a time when biases were no option."""
     tokenizer = Tokenizer.characters("\n abcdefghijklmnopqrstuvwxyz.,;:!?")
-    size = {"vocab_size": tokenizer.vocab_size, "n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 48, "bias": bias}
-    config = ModelConfig(**size, dtype="float32")
+    size = {"vocab_size": tokenizer.vocab_size, "n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 48}
+    config = ModelConfig(**size, bias=bias is not False, dtype="float32")
     reference = Reference(config)
-    reference.blocks = torch.nn.ModuleList(_ErfBlock(config, 0.0) for _ in range(config.n_layer))
+    block = _TanhBlock if bias is None else _ErfBlock
+    reference.blocks = torch.nn.ModuleList(block(config, 0.0) for _ in range(config.n_layer))
     load(reference, scramble(config))
     state = {nanogpt_name(name): tensor for name, tensor in reference.state_dict().items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
     state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
     checkpoint = {
         "model": {prefix + name: tensor for name, tensor in state.items()},
-        "model_args": size | {"dropout": 0.2},
+        "model_args": size | {"dropout": 0.2} | ({} if bias is None else {"bias": bias}),
         "iter_num": 1,
         "best_val_loss": torch.tensor(1.5),
     }
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     tokenizer.save(tmp_path / "tokenizer.json")
-    assert open_weights(tmp_path / "ckpt.pt").config == replace(config, activation="gelu_erf", dtype="auto")
+    activation = "gelu_tanh" if bias is None else "gelu_erf"
+    assert open_weights(tmp_path / "ckpt.pt").config == replace(config, activation=activation, dtype="auto")
     ours = LanguageModel.load(str(tmp_path / "ckpt.pt"))
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 48), np.int32)
     expected_BTV = reference(torch.from_numpy(tokens_BT).long()).detach().numpy()
