@@ -14,7 +14,7 @@ from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.hub.export import export
 from gptjax.hub.families import family_of
-from gptjax.hub.weights import SIDE_FILES
+from gptjax.hub.weights import copy_side_files
 from gptjax.inference.language_model import MODEL_HELP, LanguageModel
 from gptjax.tokenizer import END_OF_TEXT
 
@@ -56,11 +56,10 @@ def _write_side_files(folder: Path, model: LanguageModel) -> None:
         "tokenizer_config.json": tokenizer | end | {"clean_up_tokenization_spaces": False},
         "generation_config.json": {"eos_token_id": sorted(model.stop_tokens)} if model.stop_tokens else {},
     }
-    for name in SIDE_FILES:
-        if (model.folder / name).exists():
-            shutil.copyfile(model.folder / name, folder / name)
-        elif name in defaults:
-            (folder / name).write_text(json.dumps(defaults[name], indent=2) + "\n")
+    copy_side_files(model.folder, folder)
+    for name, values in defaults.items():
+        if not (folder / name).exists():
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

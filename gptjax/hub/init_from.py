@@ -1,6 +1,5 @@
 """The weights that a run starts from when it does not draw them: `--init_from`."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -9,7 +8,15 @@ from typing import Any
 from gptjax.config import Config, DataConfig, ModelConfig
 from gptjax.data.prepare import Dataset
 from gptjax.errors import UserError
-from gptjax.hub.weights import SIDE_FILES, load_params, locate, merge_lora, open_weights, reuse_params, tokenizer_of
+from gptjax.hub.weights import (
+    copy_side_files,
+    load_params,
+    locate,
+    merge_lora,
+    open_weights,
+    reuse_params,
+    tokenizer_of,
+)
 from gptjax.run_dir import holds_run, load_run
 from gptjax.tokenizer import Tokenizer
 
@@ -45,9 +52,7 @@ class PretrainedWeights:
 
     def copy_side_files(self, run_dir: Path) -> None:
         """Copy the chat template, the stop tokens and the like, so that the run's folder is self-contained."""
-        for name in SIDE_FILES:
-            if (self.folder / name).exists():
-                shutil.copyfile(self.folder / name, run_dir / name)
+        copy_side_files(self.folder, run_dir)
 
 
 def open_pretrained(name: str) -> PretrainedWeights:

@@ -3,7 +3,9 @@
 No code from a file is run: only safetensors are read, and ckpt.pt through PyTorch's weights-only loader.
 """
 
+import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -131,6 +133,29 @@ def tokenizer_of(path: Path, config: ModelConfig) -> str:
         f"{path} was trained with a tokenizer of its own: put its tokenizer.json beside it; for characters "
         "`python -m gptjax.data INPUT.txt --tokenizer char` makes the one that nanoGPT's meta.pkl holds"
     )
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """The ids that end a text: eos_token_id of generation_config.json, or else of config.json."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        ends = read_json(path).get("eos_token_id") if path.exists() else None
+        if ends is not None:
+            ends = ends if isinstance(ends, list) else [ends]
+            if not all(isinstance(token, int) for token in ends):
+                raise UserError(f"{path}: eos_token_id={ends!r} is not a token's id or a list of them")
+            return ends
+    return []
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy the chat template, the sampling rules and the like; stop ids that config.json has join the rules."""
+    for name in SIDE_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    path = folder / "generation_config.json"
+    rules = read_json(path) if path.exists() else {}
+    if rules.get("eos_token_id") is None and (stops := stop_ids(source)):
+        path.write_text(json.dumps(rules | {"eos_token_id": stops}, indent=2) + "\n")
 
 
 def merge_lora(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:

@@ -16,7 +16,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.files import read_json
 from gptjax.hub.families import draw_params
-from gptjax.hub.weights import load_params, locate, merge_lora, open_weights, tokenizer_of
+from gptjax.hub.weights import load_params, locate, merge_lora, open_weights, stop_ids, tokenizer_of
 from gptjax.inference import chat_template as chat
 from gptjax.inference.decoder import hidden, lay_out, logits
 from gptjax.inference.generate import PrefixCache, generate, padded_length
@@ -82,8 +82,8 @@ class LanguageModel:
         config, params = merge_lora(config, params)
         params = quantize(params) if dtype == "int8" else params
         template, special = chat.find_template(folder), chat.special_tokens(folder)
-        stops, defaults = _read_generation_config(folder / "generation_config.json")
-        stops |= {tokenizer.token_id(special.get("eos_token", "")), tokenizer.end_of_text}
+        defaults = _read_rules(folder / "generation_config.json")
+        stops = [*stop_ids(folder), tokenizer.token_id(special.get("eos_token", "")), tokenizer.end_of_text]
         stop_tokens = frozenset(token for token in stops if token is not None)
         shown = path.resolve().name if Path(name).expanduser().exists() else name  # the hub's folders are checksums
         return cls(shown, config, params, tokenizer, template, special, stop_tokens, defaults, train_tokens, folder)
@@ -241,13 +241,9 @@ def _with_dtype(config: ModelConfig, dtype: Dtype) -> ModelConfig:
     return resolve(config, jax.default_backend(), training=False)
 
 
-def _read_generation_config(path: Path) -> tuple[set[int | None], dict[str, Any]]:
-    """The stop tokens and the sampling rules of a generation_config.json; none if there is no such file."""
+def _read_rules(path: Path) -> dict[str, Any]:
+    """The sampling rules of a generation_config.json; none if there is no such file."""
     values = read_json(path) if path.exists() else {}
-    ends = values.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(isinstance(token, int) for token in ends):
-        raise UserError(f"{path}: eos_token_id={ends!r} is not a token's id or a list of them")
     least = {"temperature": 0, "top_k": 0, "top_p": 0, "repetition_penalty": 1e-6}
     defaults = {name: value for name in least if (value := values.get(name)) is not None}
     for name, value in defaults.items():
@@ -257,4 +253,4 @@ def _read_generation_config(path: Path) -> tuple[set[int | None], dict[str, Any]
         defaults[name] = kind(value)
     if values.get("do_sample") is False:
         defaults["temperature"] = 0.0
-    return set(ends), defaults
+    return defaults

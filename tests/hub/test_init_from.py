@@ -1,6 +1,7 @@
 """Runs that start from other weights: they begin with the same loss, keep the side files, and are self-contained."""
 
 import importlib.util
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -133,6 +134,18 @@ def test_a_run_has_its_origins_architecture_side_files_and_tokenizer(run, second
     assert Config.from_json(run / "config.json").data.tokenizer == str(origin)
     assert Config.from_json(second / "config.json").data.tokenizer == str(folder / "same.json")
     assert open_pretrained(str(run)).adapt(Config()).data.tokenizer == str(run / "tokenizer.json")
+
+
+def test_stop_ids_of_an_origins_config_come_along(origin, tmp_path):
+    """A run has a config.json of its own."""
+    shutil.copytree(origin, tmp_path / "origin")
+    config = json.loads((tmp_path / "origin" / "config.json").read_text()) | {"eos_token_id": [3, 5]}
+    (tmp_path / "origin" / "config.json").write_text(json.dumps(config))
+    for rules, copied in (('{"top_k": 7}', {"top_k": 7, "eos_token_id": [3, 5]}), ('{"eos_token_id": 2}',) * 2):
+        (tmp_path / "origin" / "generation_config.json").write_text(rules)
+        open_pretrained(str(tmp_path / "origin")).copy_side_files(tmp_path)
+        made = json.loads((tmp_path / "generation_config.json").read_text())
+        assert made == (json.loads(copied) if isinstance(copied, str) else copied)
 
 
 def test_a_run_resumes_bit_for_bit_without_its_origin(train, folder, origin, run, state_of):

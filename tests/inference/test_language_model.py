@@ -71,6 +71,8 @@ def variant(base):
             made[key] = base.with_name(f"variant{len(made)}")
             shutil.copytree(base, made[key])
             for name, content in files.items():
+                if name == "config":
+                    content = json.loads((base / "config.json").read_text()) | content
                 file_name = name + (".jinja" if name == "chat_template" else ".json")
                 (made[key] / file_name).write_text(content if isinstance(content, str) else json.dumps(content))
         return made[key]
@@ -158,6 +160,9 @@ def test_text_ends_before_a_stop_token(write, variant, model, tokens):
         ({"generation_config": {"eos_token_id": [one, other]}}, {one, other}),
         ({"generation_config": {"eos_token_id": other}, "tokenizer_config": {}}, {other}),
         ({"generation_config": {"eos_token_id": None}}, set()),
+        ({"config": {"eos_token_id": one}}, {one}),
+        ({"config": {"eos_token_id": [one, other]}, "generation_config": {"top_k": 3}}, {one, other}),
+        ({"config": {"eos_token_id": one}, "generation_config": {"eos_token_id": other}}, {other}),
         ({"tokenizer_config": {"eos_token": name}}, {named}),
         ({"tokenizer_config": {"eos_token": {"content": name}}}, {named}),
     ):
