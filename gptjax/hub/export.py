@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 
 from gptjax.config import ModelConfig
+from gptjax.errors import UserError
 from gptjax.hub.families import Tensor, by_path, config_values, expected_tensors, family_of
 from gptjax.hub.weights import INDEX, WEIGHTS, merge_lora
 
@@ -21,7 +22,7 @@ def export(folder: Path, config: ModelConfig, params: Any, dtype: str, shard_byt
     """Write config.json and the weights as the Hugging Face family that has this architecture.
 
     The vocabulary's padding is left out, LoRA's updates are merged, and files are split at `shard_bytes`. Raises
-    `UserError` if no family has it.
+    `UserError` if no family has it, or if a weight is too large for `dtype`.
     """
     family, n_bytes = family_of(config), jnp.dtype(dtype).itemsize
     config, params = merge_lora(config, params)
@@ -39,12 +40,23 @@ def export(folder: Path, config: ModelConfig, params: Any, dtype: str, shard_byt
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file_name = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        arrays = {name: _gather(tensor, leaves).astype(jnp.dtype(dtype)) for name, tensor in shard.items()}
+        arrays = {name: _rounded(name, _gather(tensor, leaves), dtype) for name, tensor in shard.items()}
         safetensors.numpy.save_file(arrays, folder / file_name, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file_name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    """The tensor in the dtype of the file. Raises `UserError` where a weight is not a finite number there."""
+    with np.errstate(over="ignore"):
+        rounded = tensor.astype(jnp.dtype(dtype))
+    if not np.isfinite(rounded).all():
+        worst = tensor[~np.isfinite(rounded)][0]
+        fix = f"which {dtype} cannot hold: pass another --dtype" if np.isfinite(worst) else "so the model is damaged"
+        raise UserError(f"{name} has a weight of {worst:g}, {fix}")
+    return rounded
 
 
 def _gather(tensor: Tensor, leaves: Mapping[str, jax.Array]) -> np.ndarray:

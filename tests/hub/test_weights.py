@@ -1,6 +1,8 @@
 """Weights are exported and read bit for bit: in files of any dtype and number, onto any mesh, with fewer positions."""
 
 import json
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +86,25 @@ def test_what_is_exported_is_read_again(family, dtype, models, tmp_path):
     assert_equal(LanguageModel.load(str(folder), dtype="bfloat16").params, halved)
     with pytest.raises(UserError, match="out is there already"):
         main([str(folder), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "words"),
+    [
+        (70000.0, "float16", "a weight of 70000, which float16 cannot hold: pass another --dtype"),
+        (-3.4e38, "bfloat16", "a weight of -3.4e+38, which bfloat16 cannot hold"),
+        (np.nan, "float32", "a weight of nan, so the model is damaged"),
+    ],
+)
+def test_a_weight_that_the_files_cannot_hold_is_refused(value, dtype, words, models, tmp_path):
+    folder, _ = models["qwen2"]
+    shutil.copytree(folder, tmp_path / "in")
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 2] = value
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    with pytest.raises(UserError, match=re.escape(f"{name} has {words}")):
+        main([str(tmp_path / "in"), str(tmp_path / "out"), "--dtype", dtype])
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
