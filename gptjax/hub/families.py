@@ -250,6 +250,7 @@ def config_values(family: Family, config: ModelConfig) -> dict[str, Any]:
         return theirs | {
             "model_type": family,
             "architectures": ["GPT2LMHeadModel"],
+            "n_ctx": config.block_size,  # llama.cpp reads this one
             "n_inner": config.mlp_width or None,
             "activation_function": next((k for k, v in _ACTIVATIONS.items() if v == config.activation), "gelu_new"),
         }

@@ -73,6 +73,8 @@ def test_what_is_exported_is_read_again(family, dtype, models, tmp_path):
     main([str(folder), str(tmp_path / "out"), "--dtype", dtype])
     config, loaded = start(tmp_path / "out")
     assert config == CONFIGS[family]
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert family != "gpt2" or values["n_ctx"] == values["n_positions"] == 12, "llama.cpp reads n_ctx"
     rounded = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(jnp.float32), params)
     assert_equal(loaded, rounded)
     export(tmp_path, config, params, dtype, shard_bytes=10_000)
