@@ -140,6 +140,11 @@ class Tokenizer:
         """Return the id of each token, by the token's text."""
         return self._library.get_vocab(with_added_tokens=True)
 
+    @property
+    def added_tokens(self) -> dict[str, bool]:
+        """The tokens that are found before a text is split into words, and whether each is special."""
+        return {token.content: token.special for token in self._library.get_added_tokens_decoder().values()}
+
     def token_id(self, text: str) -> int | None:
         """Return the id of the token with this text, or None if there is no such token."""
         return self._library.token_to_id(text)

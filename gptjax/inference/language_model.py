@@ -18,6 +18,7 @@ from gptjax.files import read_json
 from gptjax.hub.families import draw_params
 from gptjax.hub.weights import load_params, locate, merge_lora, open_weights, stop_ids, tokenizer_of
 from gptjax.inference import chat_template as chat
+from gptjax.inference.chat_tokens import encode_chat
 from gptjax.inference.decoder import hidden, lay_out, logits
 from gptjax.inference.generate import PrefixCache, generate, padded_length
 from gptjax.inference.quantize import quantize
@@ -102,14 +103,16 @@ class LanguageModel:
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> TokenIds:
         """The ids of a conversation of {"role": ..., "content": ...}, up to where the assistant's answer begins.
 
-        Raises `UserError` if the model has no chat template, or if the template fails.
+        Contents are text: a special token that one spells stays text. Raises `UserError` if the model has no chat
+        template, or if the template fails.
         """
         if self.template is None:
             raise UserError(f"{self.name} is not a chat model: it has no chat template; pass --prompt, not --chat")
-        text = chat.render(self.template, messages, self.special_tokens)
-        if not text:
+        template, special_tokens = self.template, self.special_tokens
+        ids = encode_chat(self.tokenizer, template, lambda m: chat.render(template, m, special_tokens), messages)
+        if not len(ids):
             raise UserError(f"the chat template of {self.name} makes an empty text; pass --prompt instead of --chat")
-        return self.tokenizer.encode(text, special=True)
+        return ids
 
     def answer(
         self,

@@ -1,0 +1,93 @@
+"""The ids of a conversation: the chat template alone writes special tokens, and contents of messages are text.
+
+Where a content spells a special token, a character that no text has breaks the spelling before the template is
+rendered. What is whole in the rendered text is the template's own.
+"""
+
+import functools
+import json
+import re
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gptjax.errors import UserError
+from gptjax.inference.sampling import TokenIds
+from gptjax.tokenizer import Tokenizer
+
+_BREAK = "\ud800"  # half of a surrogate pair
+Message = dict[str, str]
+
+
+def encode_chat(
+    tokenizer: Tokenizer, template: str, render: Callable[[Sequence[Message]], str], messages: Sequence[Message]
+) -> TokenIds:
+    """The ids of the rendered conversation; those of transformers, unless a content spells a special token.
+
+    Special are also added tokens of the template such as <tool_call>. A template may have to find these in a content,
+    as it cuts an answer before </think>: where breaking one changes the rendered text otherwise, it stays whole.
+    """
+    text = render(messages)
+    ids = tokenizer.encode(text, special=True)
+    added = {name: is_special for name, is_special in tokenizer.added_tokens.items() if len(name) > 1}
+    special = frozenset(name for name, is_special in added.items() if is_special)
+    marks = special | {name for name in added if name[0] in "<[" and name in template}
+    candidates = []
+    for of_assistant, of_others in ((marks, marks), (special, marks), (special, special)):
+        names = [of_assistant if message["role"] == "assistant" else of_others for message in messages]
+        contents = [_broken(message["content"], each) for message, each in zip(messages, names, strict=True)]
+        if contents == [message["content"] for message in messages]:
+            return ids
+        candidates.append(render([m | {"content": content} for m, content in zip(messages, contents, strict=True)]))
+        if candidates[-1].replace(_BREAK, "") == text:
+            return _encode_whole(tokenizer, marks, candidates[-1])
+    print(
+        "note: a message spells a special token that the chat template looks for; it is read as text", file=sys.stderr
+    )
+    return _encode_whole(tokenizer, marks, candidates[0])
+
+
+def _broken(content: str, names: frozenset[str]) -> str:
+    """The content with a break in each of the names, also in one that the text behind the content could complete."""
+    if names:
+        content = re.sub(f"(?=(?:{_any_of(names)}))(?s:.)", rf"\g<0>{_BREAK}", content)
+    end = content.rstrip()
+    if any(end.endswith(name[:n]) for name in names for n in range(1, len(name))):
+        content = end + _BREAK + content[len(end) :]
+    return content
+
+
+def _encode_whole(tokenizer: Tokenizer, names: frozenset[str], text: str) -> TokenIds:
+    """The ids of a text in which the names are special tokens where they are whole, and text where they are broken."""
+    renamed, aliases, ids, marks = _rename(tokenizer, names)
+    text, n = re.subn(_any_of(names), lambda found: aliases[found[0]], text)
+    tokens = ids[renamed.encode(text.replace(_BREAK, ""), special=True)]
+    if np.isin(tokens, marks).sum() != n:
+        raise UserError(
+            "a message spells a special token that this tokenizer cannot encode as text: write it otherwise"
+        )
+    return tokens
+
+
+@functools.lru_cache(maxsize=2)
+def _rename(tokenizer: Tokenizer, names: frozenset[str]) -> tuple[Tokenizer, dict[str, str], TokenIds, TokenIds]:
+    """The tokenizer with other names of these added tokens, which no user can guess, and these names.
+
+    Then the original id of each of its ids, and the original ids of the renamed tokens.
+    """
+    specification, secret = json.loads(tokenizer.to_json()), secrets.token_hex(16)
+    aliases = {name: f"<{secret}{i}>" for i, name in enumerate(sorted(names))}
+    for token in specification["added_tokens"]:
+        token["content"] = aliases.get(token["content"], token["content"])
+    renamed = Tokenizer.from_json(json.dumps(specification).encode(), "the tokenizer")
+    before, after, ids = tokenizer.vocabulary(), renamed.vocabulary(), np.arange(renamed.vocab_size, dtype=np.int32)
+    for name in tokenizer.added_tokens:
+        ids[after[aliases.get(name, name)]] = before[name]
+    return renamed, aliases, ids, np.array([before[name] for name in names], np.int32)
+
+
+def _any_of(names: frozenset[str]) -> str:
+    """A pattern for the names, the longest first."""
+    return "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
