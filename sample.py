@@ -23,6 +23,9 @@ class Arguments(Section):
     dtype: Dtype = option("auto", DTYPE_HELP)
     prompt: tuple[str, ...] = option((), "text to continue, or several texts at once; none: a new line")
     prompt_file: str | None = option(None, "file to read the prompt from; -: standard input")
+    special: bool = option(
+        False, "names of special tokens in a prompt, such as <|endoftext|>, are these tokens, not text"
+    )
     chat: bool = option(False, "hold a conversation with an instruction model, line by line; an empty line ends it")
     system: str | None = option(None, "chat: the system message, which comes before the conversation")
     num_samples: int = option(1, "samples of each prompt, drawn at once; the first is streamed")
@@ -53,6 +56,7 @@ class Arguments(Section):
         alone = not self.chat or (one and not (self.prompt or self.prompt_file))
         self.require(alone, "chat", "reads its prompts from the terminal, and draws one sample of each")
         self.require(self.chat or self.system is None, "system", "needs --chat")
+        self.require(not (self.chat and self.special), "special", "is for prompts; messages of a chat are always text")
 
     def prompts(self) -> Sequence[str]:
         """The prompts of --prompt, of the file or of standard input."""
@@ -87,7 +91,7 @@ def _load(name: str, arguments: Arguments) -> LanguageModel:
 def complete(model: LanguageModel, draft: LanguageModel | None, arguments: Arguments) -> None:
     """Print a continuation of each prompt, the first sample as it grows."""
     texts = [text for text in arguments.prompts() for _ in range(arguments.num_samples)]
-    prompts = [model.tokenizer.prompt(text) for text in texts]
+    prompts = [model.tokenizer.prompt(text, special=arguments.special) for text in texts]
     seeds = [arguments.seed + i % arguments.num_samples for i in range(len(texts))]
     options = (arguments.max_new_tokens, arguments.sampling(model), seeds, arguments.stop)
     print(texts[0], end="", flush=True)

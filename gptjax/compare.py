@@ -116,7 +116,7 @@ def ask(name: str, prompts: Sequence[str], arguments: Arguments) -> Column:
 def reply(model: LanguageModel, prompt: str, temperature: float, arguments: Arguments) -> Reply:
     """One answer, timed after its first few tokens have been drawn once to compile."""
     if model.template is None:
-        ids = model.tokenizer.prompt(prompt)
+        ids = model.tokenizer.prompt(prompt, special=False)
     else:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         ids = model.chat_prompt([*system, {"role": "user", "content": prompt}])

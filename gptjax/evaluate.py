@@ -162,7 +162,8 @@ def _parse(line: str) -> dict[str, Any]:
 
 def _pair(model: LanguageModel, context: str, continuation: str) -> tuple[TokenIds, TokenIds]:
     """The ids of both, encoded as one text."""
-    n_context, ids = len(model.tokenizer.prompt(context)), model.tokenizer.prompt(context + continuation)
+    before, ids = [model.tokenizer.prompt(text, special=False) for text in (context, context + continuation)]
+    n_context = len(before)
     n, most = len(ids) - n_context, model.config.block_size
     if n > most:
         raise UserError(f"{continuation[:40]!r}... has {n} tokens, and {model.name} sees {most}: remove that question")

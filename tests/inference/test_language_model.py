@@ -270,6 +270,15 @@ def test_a_conversation_reads_only_what_is_new_and_may_outgrow_the_block(talk, i
         assert 0 < n <= len(prompt) - len(before) + 2
 
 
+def test_special_tokens_of_a_prompt_are_text_unless_asked_for(write, base, model):
+    text = "abc<|endoftext|>"
+    ids = {"": model.tokenizer.encode(text), "--special": model.tokenizer.encode(text, special=True)}
+    assert len(ids["--special"]) < len(ids[""]) - 3
+    for option, prompt in ids.items():
+        *_, [answer] = model.answer([prompt], N_NEW, Sampling(temperature=0.0), [0])
+        assert write(base, "--prompt", text, *BRIEFLY, *option.split()) == text + answer.text
+
+
 def test_a_draft_changes_no_greedy_text(write, talk, base, instruct):
     options = ["--prompt", "To be", "--temperature", 0, "--max_new_tokens", 50]
     assert write(base, *options, "--draft", instruct) == write(base, *options)
@@ -320,6 +329,7 @@ def test_an_empty_line_or_the_end_of_input_ends_a_conversation(talk, instruct):
         ("--chat --num_samples 2", "chat=True"),
         ("--chat", "base is not a chat model: it has no chat template"),
         ("--system brief", "system='brief'"),
+        ("--chat --special", "special=True"),
         ("--temprature 1", "did you mean --temperature?"),
         ("--run nowhere/at/all", "'nowhere/at/all' does not exist"),
         ("--draft somewhere --num_samples 2", "draft='somewhere'"),
