@@ -1,5 +1,6 @@
 """Generate text, streamed as it grows: python sample.py --prompt "ROMEO:", or --chat with an instruction model."""
 
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class Arguments(Section):
         """The prompts of --prompt, of the file or of standard input."""
         if self.prompt_file is None:
             return self.prompt or [""]
+        if self.prompt_file == "-" and sys.stdin is None:
+            raise UserError("prompt_file=-: standard input is closed")
         with open(0 if self.prompt_file == "-" else self.prompt_file, "rb", closefd=self.prompt_file != "-") as file:
             return ["".join(decoded(file, self.prompt_file))]
 
@@ -115,6 +118,9 @@ def chat(model: LanguageModel, draft: LanguageModel | None, arguments: Arguments
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     model.chat_prompt([*messages, {"role": "user", "content": ""}])  # fails before the first question
     prefix, seed = PrefixCache(), arguments.seed
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        encoding = None if sys.stdin.isatty() else "utf-8"
+        sys.stdin.reconfigure(encoding=encoding, errors="replace")  # bytes that are no text do not end a conversation
     rules = (arguments.max_new_tokens, arguments.sampling(model))
     while question := ask():
         messages.append({"role": "user", "content": question})
@@ -127,8 +133,10 @@ def chat(model: LanguageModel, draft: LanguageModel | None, arguments: Arguments
 
 def ask() -> str:
     """The user's next line, empty at the end of the input."""
+    if sys.stdin is None:
+        return ""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return input("> " if sys.stdin.isatty() else "").removeprefix("\ufeff").strip()
     except EOFError:
         return ""
 

@@ -1,6 +1,7 @@
 """sample.py in this process: how an answer ends, which rules it follows, what a conversation is."""
 
 import importlib.util
+import io
 import itertools
 import json
 import shutil
@@ -277,6 +278,22 @@ def test_special_tokens_of_a_prompt_are_text_unless_asked_for(write, base, model
     for option, prompt in ids.items():
         *_, [answer] = model.answer([prompt], N_NEW, Sampling(temperature=0.0), [0])
         assert write(base, "--prompt", text, *BRIEFLY, *option.split()) == text + answer.text
+
+
+def test_a_byte_order_mark_and_bytes_that_are_no_text(sample, write, instruct, tmp_path, monkeypatch):
+    """The mark is not read; in a conversation such bytes become the replacement character."""
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfabc")
+    expected = write(instruct, "--prompt", "abc", *BRIEFLY)
+    assert write(instruct, "--prompt_file", tmp_path / "bom.txt", *BRIEFLY) == expected
+
+    def typed(data):
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+
+    monkeypatch.setattr("sys.stdin", typed(b"\xef\xbb\xbfabc"))
+    assert write(instruct, "--prompt_file", "-", *BRIEFLY) == expected
+    monkeypatch.setattr(chat, "render", lambda template, messages, _: chat._text(template, {"messages": messages}))
+    monkeypatch.setattr("sys.stdin", typed(b"\xef\xbb\xbfabc\nw\xffhy\n\n"))
+    assert write(instruct, "--chat", *BRIEFLY) == "\n".join(anew(instruct, ["abc", "w\ufffdhy"], temperature=0.0)[0])
 
 
 def test_a_draft_changes_no_greedy_text(write, talk, base, instruct):
