@@ -9,7 +9,7 @@ from gptjax import host
 from gptjax.cli import parse_arguments
 from gptjax.config import Section, option
 from gptjax.data.corpora import decoded
-from gptjax.errors import one_line_errors
+from gptjax.errors import UserError, one_line_errors
 from gptjax.inference.generate import PrefixCache
 from gptjax.inference.language_model import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Answer, Dtype, LanguageModel, Which
 from gptjax.inference.sampling import Sampling
