@@ -5,9 +5,10 @@ import json
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gptjax.errors import UserError
 
@@ -50,16 +51,35 @@ def write_atomically(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path; its file replaces `path` when the block succeeds, and is removed when it fails.
 
-    The new file is on disk before it replaces the old one, so a power cut leaves one of them.
+    The new file is on disk before it replaces the old one, so a power cut leaves one of them. A lock on the temporary
+    file tells `remove_leftovers` that its process lives.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
+    with contextlib.ExitStack() as stack:
+        if sys.platform != "win32":  # which replaces no open files
+            _ = _claim(stack.enter_context(temporary.open("ab")))
+        stack.callback(temporary.unlink, missing_ok=True)
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str = "*") -> None:
+    """Remove the temporary files that `replacing` left for the files of a pattern, where their process is gone."""
+    for path in folder.glob(f"{pattern}.????????.part"):
+        with contextlib.suppress(OSError), path.open("ab") as file:
+            if _claim(file):
+                path.unlink()
+
+
+def _claim(file: IO[Any]) -> bool:
+    """Lock a file for this process; False if another one has the lock, or if there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, NameError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
-"""Folders are locked against other processes."""
+"""Folders are locked against other processes, and what dead ones left is removed."""
 
 import subprocess
 import sys
 
 import pytest
 
-from gptjax.files import InUse, locked
+from gptjax.files import InUse, locked, remove_leftovers, replacing
 
 HOLDER = """
 import pathlib, sys
@@ -33,3 +33,17 @@ def test_a_folder_that_holds_only_its_lock_is_removed(tmp_path):
     with locked(tmp_path / "new"):
         assert (tmp_path / "new").exists()
     assert not (tmp_path / "new").exists()
+
+
+def test_unfinished_files_are_removed_once_their_process_is_dead(tmp_path):
+    writer = HOLDER.replace("locked", "replacing")
+    command = [sys.executable, "-c", writer, str(tmp_path / "a.bin")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        (tmp_path / "mine.part").touch()
+        remove_leftovers(tmp_path)
+        assert len(list(tmp_path.glob("a.bin.*.part"))) == 1
+        process.kill()
+    with replacing(tmp_path / "b.bin") as own:
+        remove_leftovers(tmp_path)
+        assert set(tmp_path.iterdir()) == {own, tmp_path / "mine.part"}
