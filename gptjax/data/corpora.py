@@ -8,6 +8,8 @@ import http.client
 import importlib.util
 import os
 import re
+import shlex
+import shutil
 import sys
 import urllib.parse
 import urllib.request
@@ -19,10 +21,12 @@ from typing import NamedTuple, TypeVar
 from rich.progress import Progress
 
 from gptjax.config import DataConfig
+from gptjax.data.sources import chosen, files_below, format_of, is_plain, kind_of, not_utf8, require_text
 from gptjax.errors import UserError
-from gptjax.files import replacing
+from gptjax.files import remove_leftovers, replacing
 
 _CHUNK = 1 << 16  # bytes; small because the BPE trainer holds 256 chunks at once
+_LARGEST = 64 << 30  # bytes of a download; more is rather an endless reply than one file of text
 Chunk = TypeVar("Chunk", str, bytes)
 
 
@@ -53,6 +57,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         return Corpus(source, source, files, lambda path: iter([play_to_text(path.read_text(encoding="utf-8"))]))
     if source.startswith(("http://", "https://")):
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(source).path)).name[-100:] or "page"
+        _require_plain(name, source)
         return Corpus(Path(name).stem, source, (download(source, name, config),), read_text)
     path = Path(source).expanduser().resolve()
     if not source or not path.exists():
@@ -60,11 +65,18 @@ def open_corpus(config: DataConfig) -> Corpus:
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise UserError(f"text file {source!r} does not exist{hint}: correct --data.source")
     if path.is_file():
+        _require_plain(path.name, str(path))
         return Corpus(path.stem, str(path), (path,), read_text)
-    files = tuple(sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file()))
+    files = tuple(sorted(path / name for name in chosen(files_below(path), is_plain, str(path))))
     if not files:
         raise UserError(f"{path} has neither .txt or .md files nor train.bin with val.bin: correct --data.source")
     return Corpus(path.name, str(path), files, read_text)
+
+
+def _require_plain(name: str, source: str) -> None:
+    if format_of(name) and not is_plain(name):
+        fix = f"`python -m gptjax.data tokenize {shlex.quote(source)} --out data/{Path(name).stem}`"
+        raise UserError(f"{source} is a .{format_of(name)} of documents, not a text: make token files of it with {fix}")
 
 
 def read_text(path: Path) -> Iterator[str]:
@@ -78,18 +90,17 @@ def decoded(file: BufferedReader, path: str) -> Iterator[str]:
 
     A byte order mark is skipped. Line ends stay as they are (nanoGPT replaces "\\r\\n" by "\\n").
     """
+    require_text(file.peek(512), path, begins=True)
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     n_read = 0  # bytes; the decoder keeps those of an incomplete character for the next block
     try:
         for block in iter(lambda: file.read(_CHUNK), b""):
             n_read += len(block)
+            require_text(block, path)
             yield decoder.decode(block)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        at = n_read - len(error.object) + error.start
-        name = path.rsplit("/", 1)[-1]
-        fix = f"convert it, for example with `iconv -f LATIN1 -t UTF-8 {name} > utf8-{name}`"
-        raise UserError(f"{path} is not UTF-8 at byte {at} ({error.reason}): {fix}") from error
+        raise not_utf8(path, n_read - len(error.object) + error.start, error) from error
 
 
 def with_progress(chunks: Iterable[Chunk], total: int | None, what: str) -> Iterator[Chunk]:
@@ -145,20 +156,39 @@ def download(url: str, name: str, config: DataConfig) -> Path:
         _verify(path, config.sha256)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:
-            file.writelines(_received(url))
+            file.writelines(_received(url, most=min(_LARGEST, shutil.disk_usage(path.parent).free * 9 // 10)))
         _verify(temporary, config.sha256)
+        _require_page_is_text(temporary, url, name)
     return path
 
 
-def _received(url: str) -> Iterator[bytes]:
+def _require_page_is_text(path: Path, url: str, name: str) -> None:
+    """Raise `UserError` if a download is a web page, such as one that reports an error, or no text at all."""
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    what, _ = kind_of(head)
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", head.lower()) and not name.endswith((".html", ".htm")):
+        what = "a web page"
+    if what:
+        raise UserError(f"{url} is not kept: it is {what}; name the address of the text, or a file that you made of it")
+
+
+def _received(url: str, most: int) -> Iterator[bytes]:
+    """Yield a download of at most `most` bytes in blocks."""
+    too_large = f"{url} has more than {most:,} bytes, the limit for this disk: make room, or pass --data.source FILE"
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "gptjax"})
         with urllib.request.urlopen(request, timeout=60) as reply:
             total, received = int(reply.headers["Content-Length"] or 0) or None, 0
+            if (total or 0) > most:
+                raise UserError(too_large)
             for block in with_progress(iter(lambda: reply.read(_CHUNK), b""), total, f"downloading {url}"):
                 received += len(block)
+                if received > most:
+                    raise UserError(too_large)
                 yield block
         if total and received != total:
             raise UserError(f"{url} ended after {received} of {total} bytes: try again, or pass --data.source FILE")

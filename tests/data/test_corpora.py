@@ -91,8 +91,12 @@ def test_plays_that_are_not_installed_say_what_to_install(monkeypatch):
         open_corpus(DataConfig())
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cs"])), size=st.integers(1, 7), mark=st.booleans())
-@example("a\r\nb\rc \x0c\x00\n\n", 3, False)
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+    size=st.integers(1, 7),
+    mark=st.booleans(),
+)
+@example("a\r\nb\rc \x0c\n\n", 3, False)
 @tiny_chunks
 def test_a_file_is_read_exactly_in_blocks_of_any_size(tmp_path, monkeypatch, text, size, mark):
     monkeypatch.setattr(corpora, "_CHUNK", size)
@@ -144,11 +148,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """The address of a server of the files "text" and "cut" in the folder "www"."""
+    """The address of a server of the files "text", "cut" and "page.txt" in the folder "www"."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     (tmp_path / "www").mkdir()
     for name in ("text", "cut"):
         (tmp_path / "www" / name).write_text("Grüße\n", encoding="utf-8")
+    (tmp_path / "www" / "page.txt").write_text("\n<!DOCTYPE html><title>404</title>")
     handler = functools.partial(Handler, directory=tmp_path / "www")
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -173,10 +178,17 @@ def test_a_download_that_fails_leaves_no_file_and_a_full_disk_is_no_network_erro
         (f"{server}/none", None, "404.*--data.source FILE"),
         (f"{server}/cut", None, "ended"),
         (f"{server}/text", "0", "sha256"),
+        (f"{server}/page.txt", None, "page.txt is not kept: it is a web page"),
         ("http://127.0.0.1:1/a.txt", None, "cannot download http://127.0.0.1:1/a.txt .*--data.source FILE"),
     ):
         with pytest.raises(UserError, match=complaint):
             whole(url, dir=str(tmp_path), sha256=sha256)
+        assert list((tmp_path / "downloads").iterdir()) == []
+
+    for largest, path in ((5, "text"), (1000, "cut")):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"more than {largest:,} bytes|ended"):
+            patch.setattr(corpora, "_LARGEST", largest)
+            whole(f"{server}/{path}", dir=str(tmp_path))
         assert list((tmp_path / "downloads").iterdir()) == []
 
     def full(*arguments: object) -> None:

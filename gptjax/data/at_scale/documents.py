@@ -6,18 +6,20 @@ in which it, or its Parquet row group, begins.
 
 import gzip
 import io
+import itertools
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.data.corpora import decoded
 from gptjax.data.remote import filesystem
+from gptjax.data.sources import chosen, files_below, format_of, require_text
 from gptjax.errors import UserError
 
-_FORMATS = ".parquet, .jsonl, .json or .txt, the last three also as .gz or .zst"
+_FORMATS = ".parquet, .md, .txt, .jsonl, .ndjson or .json, the last four also as .gz or .zst"
 _BLOCK = 1 << 20  # bytes read at once
 _ROWS = 64  # of a Parquet file decoded at once
 
@@ -45,7 +47,7 @@ def find_files(sources: Sequence[str]) -> dict[str, int]:
         if not (sizes := _find(source)):
             raise UserError(f"{source} does not exist, or holds no {_FORMATS}")
         for name, size in sizes.items():
-            if not _format(name):
+            if not format_of(name):
                 raise UserError(f"{name} is not {_FORMATS}")
             if not size:
                 raise UserError(f"{name} is empty: fetch it again, or remove it")
@@ -74,7 +76,7 @@ def documents(piece: Piece, column: str) -> Iterator[Document]:
 
     Raises `UserError`, with the file and the byte or row, for damaged files and for fields that are missing or no text.
     """
-    read = {"parquet": _parquet, "txt": _text}.get(_format(piece.file).split(".")[0], _json_lines)
+    read = {"parquet": _parquet, "txt": _text, "md": _text}.get(format_of(piece.file).split(".")[0], _json_lines)
     try:
         yield from filter(any, read(piece, column))
     except UserError:
@@ -89,25 +91,28 @@ def _find(source: str) -> dict[str, int]:
     files, path = filesystem(source)
     try:
         if files.isfile(path):
-            found = {path: files.info(path)}
-        elif files.isdir(path):
-            found = {name: info for name, info in files.find(path, detail=True).items() if _format(name)}
+            found, below = {path: files.info(path)["size"]}, None
+        elif not files.isdir(path):
+            sizes = files.glob(path, detail=True).items()
+            found = {name: info["size"] for name, info in sizes if info["type"] != "directory"}
+            below = "/".join(itertools.takewhile(lambda part: not set(part) & set("*?["), path.split("/"))) + "/"
+        elif "file" in files.protocol:
+            found, below = {f"{path}/{name}": size for name, size in files_below(Path(path)).items()}, f"{path}/"
         else:
-            found = {name: info for name, info in files.glob(path, detail=True).items() if info["type"] != "directory"}
+            found, below = {name: info["size"] for name, info in files.find(path, detail=True).items()}, f"{path}/"
     except Exception as error:  # forbidden, offline, ...
         raise UserError(f"cannot list {source}: {type(error).__name__}: {error}") from error
+    names = sorted(found)
+    if below is not None and found:
+        inside = {name.removeprefix(below): size for name, size in found.items()}
+        fits = format_of if below == f"{path}/" else bool  # a file of another format that a pattern names is an error
+        names = [below + name for name in chosen(inside, fits, source)]
     remote = "://" in source
-    return {files.unstrip_protocol(name) if remote else name: int(found[name]["size"]) for name in sorted(found)}
-
-
-def _format(file: str) -> str:
-    """Return the ending of a file's name that says its format, such as "parquet" or "txt.gz", or ""."""
-    found = re.search(r"\.(parquet|(jsonl|json|txt)(\.gz|\.zst)?)$", file.lower())
-    return found[1] if found else ""
+    return {files.unstrip_protocol(name) if remote else name: int(found[name] or 0) for name in names}
 
 
 def _can_cut(file: str) -> bool:
-    return _format(file) in ("parquet", "jsonl", "json")
+    return format_of(file) in ("parquet", "jsonl", "ndjson", "json")
 
 
 def _open(file: str) -> io.BufferedReader:
@@ -146,6 +151,7 @@ def _text(piece: Piece, column: str) -> Iterator[Document]:
 def _json_lines(piece: Piece, column: str) -> Iterator[Document]:
     position, stop = piece.start, piece.stop if _can_cut(piece.file) else math.inf
     with _open(piece.file) as stream:
+        require_text(stream.peek(512), piece.file, begins=True)
         if position:
             stream.seek(position - 1)
             position += len(stream.readline()) - 1  # this line begins in the previous piece

@@ -156,7 +156,7 @@ def test_sources_are_files_folders_patterns_and_urls_each_file_once(tmp_path):
     (deep / "er").mkdir(parents=True)
     write_jsonl(deep / "b.jsonl", ["b"])
     write_jsonl(deep / "er" / "a.jsonl", ["a"])
-    (deep / "README.md").write_text("no document")
+    (deep / "README").write_text("no document")
     write_jsonl(tmp_path / "[c].jsonl", ["c"])
     assert read([deep]) == read([f"file://{deep}/**/*.jsonl"]) == ["b", "a"]
     assert read([deep / "*" / "*.jsonl", tmp_path / "[c].jsonl"]) == ["a", "c"]
