@@ -57,7 +57,8 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
         )
-        library.train_from_iterator(safe_chunks(chunks), trainer)
+        pieces = (piece for chunk in safe_chunks(chunks) for piece in _cut_long_runs(chunk))
+        library.train_from_iterator(pieces, trainer)
         return cls(library)
 
     @classmethod
@@ -236,6 +237,17 @@ def _first_tokens(library: tokenizers.Tokenizer) -> Int32[np.ndarray, " T"]:
     text = library.encode("a")
     added = itertools.takewhile(lambda pair: pair[1], zip(text.ids, text.special_tokens_mask, strict=True))
     return np.array([i for i, _ in added], np.int32)
+
+
+_LONG_RUN = re.compile(r"\S{1000}|\s{1000}")
+
+
+def _cut_long_runs(text: str) -> list[str]:
+    """Cut runs without spaces, as of a genome, or of spaces alone: training is quadratic in the length of a word."""
+    if all(len(text[i : i + 500].split(maxsplit=1)) == 2 for i in range(0, len(text), 500)):
+        return [text]  # a fast test: where each half of a run has an end of a word, there is no run
+    ends = [run.end() for run in _LONG_RUN.finditer(text)]
+    return [text[start:end] for start, end in itertools.pairwise([0, *ends, len(text)])]
 
 
 def _character_table(library: tokenizers.Tokenizer) -> np.ndarray | None:

@@ -93,6 +93,8 @@ def test_a_bpe_has_every_byte_the_end_of_text_and_the_size_that_was_asked_for(bp
     assert bpe.vocab_size == 300 and bpe.kind == "byte-level BPE"
     assert bpe.end_of_text is not None and bpe.decode([bpe.end_of_text]) == END_OF_TEXT
     assert Tokenizer.train_bpe([""], 300).vocab_size == 257
+    for text in ("a" * 5000, " " * 5000):  # longer words would take a time that is quadratic in their length
+        assert max(map(len, Tokenizer.train_bpe([text], 300).vocabulary())) <= 1000
 
 
 def test_bpe_training_depends_on_the_text_alone():
