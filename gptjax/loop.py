@@ -119,7 +119,7 @@ def fit_to_data(config: Config, dataset: Dataset, saved: Config | None = None) -
     Raises:
         UserError: the vocabulary is too small for the tokenizer, or the text too short for a block.
     """
-    dataset.require(config.model.block_size)
+    dataset.require(config.model.block_size, config.model.vocab_size)
     if config.model.lora_rank:
         config.model.require(config.init_from is not None, "lora_rank", "without --init_from trains random weights")
         gate_only = config.model.lora_layers == "gate" and config.model.activation != "swiglu"
@@ -158,11 +158,12 @@ def _resume(run: Run, from_step: int | None) -> tuple[TrainState, Progress]:
     abstract, step = run.steps.state, _step_to_resume(run, from_step)
     trees, meta = run.latest.restore(step, verified=True, params=abstract.params, opt_state=abstract.opt_state)
     progress = Progress(**{name: value for name, value in meta.items() if name != "config"})
-    if progress.data != run.dataset.fingerprint():
+    if not run.dataset.matches(progress.data):
         raise UserError(
             f"cannot resume: the tokens of data.source={run.config.data.source} are not those that {run.folder} was "
             f"trained on; restore that text, or start a new run without --resume"
         )
+    progress.data = max(progress.data, run.dataset.fingerprint(), key=len)  # version 0.1 saved a part of it
     run.latest.drop_after(step, "unused")
     run.best.drop_after(step, None if from_step is None else "unused")  # without a choice it is written again, alike
     if run.best.step != progress.best_step:  # the run was killed between the two saves: the best one is found again

@@ -104,12 +104,16 @@ def load_run(path: Path, which: Literal["best", "latest"]) -> tuple[Config, Any,
     try:
         config = saved_config(path, which)
         abstract = with_shardings(one_device(), jax.eval_shape(lambda: init_state(config)).params)
-        trees, _ = Checkpoints(path / "checkpoints" / which, read_only=True).restore(params=abstract)
+        trees, meta = Checkpoints(path / "checkpoints" / which, read_only=True).restore(params=abstract)
     except UserError:
         if _steps(path, which) == before:
             raise
         return load_run(path, which)
-    return config, trees["params"], Tokenizer.load(path / "tokenizer.json")
+    tokenizer = Tokenizer.load(path / "tokenizer.json")
+    _, _, vocabulary = [*meta["data"].split(":"), "", ""][:3]  # as Dataset.fingerprint; version 0.1 saved none
+    if tokenizer.vocab_size > config.model.vocab_size or vocabulary not in ("", tokenizer.fingerprint()):
+        raise UserError(f"{path / 'tokenizer.json'} is not the one that the run was trained with: restore it")
+    return config, trees["params"], tokenizer
 
 
 def trained_tokens(path: Path, which: Literal["best", "latest"]) -> int:

@@ -1,6 +1,8 @@
 """Text to token ids and back: characters, a BPE trained here, GPT-2's, or any tokenizer.json of `tokenizers`."""
 
+import hashlib
 import itertools
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -145,6 +147,10 @@ class Tokenizer:
     def added_tokens(self) -> dict[str, bool]:
         """The tokens that are found before a text is split into words, and whether each is special."""
         return {token.content: token.special for token in self._library.get_added_tokens_decoder().values()}
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the vocabulary."""
+        return hashlib.sha256(json.dumps(sorted(self.vocabulary().items())).encode()).hexdigest()
 
     def token_id(self, text: str) -> int | None:
         """Return the id of the token with this text, or None if there is no such token."""

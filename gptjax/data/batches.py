@@ -52,13 +52,13 @@ def windows(
 
     Raises `UserError` if an id is not below `vocab_size`: the files were made with another tokenizer.
     """
-    ids_BT = np.full((len(starts_B), block_size + 1), PADDING, np.int32)
+    ids_BT = np.full((len(starts_B), block_size + 1), PADDING, np.int64)  # holds every uint32
     for ids_T, window in zip(ids_BT, tokens.windows(starts_B.tolist(), block_size + 1), strict=True):
         ids_T[: len(window)] = window
     if vocab_size is not None and ids_BT.size and (largest := int(ids_BT.max())) >= vocab_size:
         fix = "name the tokenizer that made them with --data.tokenizer"
         raise UserError(f"{tokens.paths[0]} and its like hold token {largest}, but vocab_size={vocab_size}: {fix}")
-    return ids_BT
+    return ids_BT.astype(np.int32)
 
 
 def prefetch(function: Callable[[int], Result], steps: Iterable[int], depth: int = 2) -> Generator[Result, None, None]:

@@ -1,5 +1,6 @@
 """Make a data set from a text: a folder of train.bin, val.bin, tokenizer.json and data.json, and open it."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,9 +14,10 @@ from typing import Any, NamedTuple
 from gptjax.config import DataConfig
 from gptjax.data import remote, token_files
 from gptjax.data.corpora import Corpus, between, open_corpus, with_progress
-from gptjax.data.token_files import MANIFEST, Tokens, dtype_for, write_tokens
+from gptjax.data.integrity import Content, contents, place_of
+from gptjax.data.token_files import MANIFEST, Tokens, dtype_for, open_split, write_tokens
 from gptjax.errors import UserError
-from gptjax.files import read_json
+from gptjax.files import LOCK, InUse, locked, read_json, write_atomically
 from gptjax.tokenizer import Tokenizer
 
 _VERSION = 1  # of how a text is prepared; after a change of it every text is prepared again
@@ -28,18 +30,40 @@ class Dataset(NamedTuple):
     val: Tokens
     tokenizer: Tokenizer
     folder: Path | str
+    contents: dict[Path, Content] = {}  # of the files that are not in a bucket
 
     def fingerprint(self) -> str:
-        """Return a hash by which a resumed run recognizes its tokens."""
-        return hashlib.sha256((self.train.fingerprint() + self.val.fingerprint()).encode()).hexdigest()
+        """Return three hashes by which a resumed run recognizes its data, between colons.
 
-    def require(self, block_size: int) -> None:
-        """Raise `UserError` unless there is a window to train on and a target to validate on."""
+        They are of both ends of every token file, of whole files ("" for those in a bucket) and of the vocabulary.
+        """
+        ends = self.train.fingerprint() + self.val.fingerprint()
+        whole = "".join(content.digest for content in self.contents.values())
+        hashes = [text and hashlib.sha256(text.encode()).hexdigest() for text in (ends, whole)]
+        return ":".join([*hashes, self.tokenizer.fingerprint()])
+
+    def matches(self, fingerprint: str) -> bool:
+        """Return whether the hashes that both have are the same; version 0.1 saved the first one alone."""
+        pairs = zip(self.fingerprint().split(":"), fingerprint.split(":"), strict=False)
+        return all(ours == saved for ours, saved in pairs if ours and saved)
+
+    def require(self, block_size: int, vocab_size: int = 0) -> None:
+        """Raise `UserError` unless there is a window to train on, a target to validate on, and every id is known.
+
+        Known ids are those of the tokenizer and those below `vocab_size`.
+        """
         for split, tokens, needed in (("train", self.train, block_size + 1), ("val", self.val, 2)):
             if len(tokens) < needed:
                 fix = "use a longer text, a smaller --model.block_size or another --data.val_fraction"
                 found = f"the {split} split of {self.folder} has {len(tokens)} tokens"
                 raise UserError(f"{found}; block_size={block_size} needs {needed}: {fix}")
+        limit = max(vocab_size, self.tokenizer.vocab_size)
+        for path, ids in (self.train.files() | self.val.files()).items():
+            if path in self.contents and self.contents[path].largest >= limit:
+                place, token = place_of(ids, limit)
+                found = f"{path} holds id {token} as token {place:,}, but the vocabulary has {limit:,}"
+                fix = "put the tokenizer.json that made it beside it, or copy it again"
+                raise UserError(f"{found}: {fix}")
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -49,14 +73,18 @@ def load_dataset(config: DataConfig) -> Dataset:
         if isinstance(folder, str):
             raise UserError(f"{folder} holds no token files: make some with `python -m gptjax.data tokenize`")
         folder = prepare(config)
-    train, val = token_files.open_split(folder, "train"), token_files.open_split(folder, "val")
-    return Dataset(train, val, _tokenizer_of(folder, config.tokenizer), folder)
+    if isinstance(folder, Path):
+        _require_unchanged(folder)
+    tokenizer = _tokenizer_of(folder, config.tokenizer)
+    train, val = (open_split(folder, each, dtype_for(tokenizer.vocab_size)) for each in ("train", "val"))
+    return Dataset(train, val, tokenizer, folder, contents(train.files() | val.files()))
 
 
 def prepare(config: DataConfig) -> Path:
     """Make a folder of token files from a text, or find the one made from the same files; say which on stdout.
 
-    The folder gets its name when it is complete, so a preparation that dies, or two at once, do no harm.
+    The folder gets its name when it is complete, so two preparations at once do no harm. What a preparation that died
+    left is removed by the next one.
     """
     if _has_token_files(Path(config.source).expanduser()):
         raise UserError(f"{config.source} holds token files already: train on them with --data.source {config.source}")
@@ -70,15 +98,19 @@ def prepare(config: DataConfig) -> Path:
     folder = Path(config.dir, f"{_slug(corpus.name)}-{_slug(Path(config.tokenizer).stem)}-{digest}")
     made_from = recipe | {"files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]}
     reused = _is_current(folder, made_from)
-    if not reused:
+    _remove_leftovers(folder.parent)
+    if reused:
+        _require_unchanged(folder)
+    else:
         made = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-        made.mkdir()
-        try:
+        with locked(made), contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, made, ignore_errors=True)
             manifest = _write_folder(made, config, corpus) | {"made_from": made_from}
-            (made / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            write_atomically(made / MANIFEST, json.dumps(manifest))  # states the type of the tokens
+            manifest["digests"] = _digests(made)
+            write_atomically(made / MANIFEST, json.dumps(manifest, indent=1))
+            (made / LOCK).unlink(missing_ok=True)
             _move_into_place(made, folder, made_from)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
     sizes = "{characters:,} characters, vocabulary {vocab_size:,}, train {train_tokens:,} tokens, val {val_tokens:,}"
     print(f"{'reused' if reused else 'prepared'} {folder}: {sizes.format(**read_json(folder / MANIFEST))}")
     return folder
@@ -126,14 +158,47 @@ def _recipe(config: DataConfig, corpus: Corpus) -> tuple[dict[str, Any], list[Pa
 
 
 def _is_current(folder: Path, made_from: dict[str, Any]) -> bool:
-    complete = _has_token_files(folder) and (folder / "tokenizer.json").exists() and (folder / MANIFEST).exists()
-    return complete and read_json(folder / MANIFEST).get("made_from") == made_from
+    """Return whether a folder has all its files and was made from these; a damaged data.json says nothing."""
+    try:
+        manifest = read_json(folder / MANIFEST) if (folder / "tokenizer.json").exists() else {}
+    except UserError:
+        return False
+    counts = [manifest.get(name) for name in ("characters", "vocab_size", "train_tokens", "val_tokens")]
+    made = all(type(n) is int for n in counts) and manifest.get("made_from") == made_from
+    return made and _has_token_files(folder)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return a digest of the tokens or the text of each file that `prepare` makes, without data.json."""
+    files = {path: tokens for split in ("train", "val") for path, tokens in open_split(folder, split).files().items()}
+    text = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    return {path.name: content.digest for path, content in contents(files).items()} | {"tokenizer.json": text}
+
+
+def _require_unchanged(folder: Path) -> None:
+    """Raise `UserError` for a file whose digest is not that in data.json."""
+    digests = read_json(folder / MANIFEST).get("digests") if (folder / MANIFEST).exists() else None
+    if isinstance(digests, dict):
+        found = _digests(folder)
+        for name in (name for name, digest in digests.items() if found.get(name) != digest):
+            raise UserError(
+                f"{folder / name} is not as it was made: delete {folder} to make it again, or copy it again"
+            )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the folders of preparations whose process is gone, known by their names and their locks."""
+    for lock in folder.glob(f".*/{LOCK}"):
+        if re.fullmatch(r"\..+-[0-9a-f]{8}-[0-9a-f]{8}(-outdated)?", lock.parent.name):
+            with contextlib.suppress(InUse, OSError), locked(lock.parent):
+                shutil.rmtree(lock.parent)
 
 
 def _move_into_place(made: Path, folder: Path, made_from: dict[str, Any]) -> None:
     """Rename a complete folder. An outdated one is replaced; one that another process has just made is kept."""
     if folder.exists() and not _is_current(folder, made_from):
         outdated = made.with_name(made.name + "-outdated")
+        (folder / LOCK).touch()  # so that it is removed even if this process dies here
         os.rename(folder, outdated)
         shutil.rmtree(outdated)
     try:
@@ -149,7 +214,7 @@ def _has_token_files(folder: Path | str) -> bool:
 
 def _tokenizer_of(folder: Path | str, name: str) -> Tokenizer:
     """Return the tokenizer beside the token files, or else the one that the user names."""
-    if data := token_files.side_file(folder, "tokenizer.json"):
+    if (data := token_files.side_file(folder, "tokenizer.json")) is not None:
         return Tokenizer.from_json(data, f"{folder}/tokenizer.json")
     if name not in ("char", "bpe"):
         return Tokenizer.from_name_or_path(name)

@@ -9,6 +9,7 @@ import contextlib
 import fnmatch
 import hashlib
 import itertools
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ _HEADER_BYTES = 1024
 # the number and the version that begin llm.c's header
 _MAGIC: dict[np.dtype, bytes] = {UINT16: struct.pack("<2i", 20240520, 1), UINT32: struct.pack("<2i", 20240801, 7)}
 _DTYPE = {magic: dtype for dtype, magic in _MAGIC.items()}
+_NO_TOKENS = re.compile(rb"\x93NUMPY|version https://git-lfs|<!DOCTYPE|<html", re.IGNORECASE)
 _MOST_TOKENS = 2**31 - 1  # the header's integer holds no more
 
 
@@ -80,6 +82,10 @@ class Tokens:
             digest.update(tokens.tobytes())
         return digest.hexdigest()
 
+    def files(self) -> dict[Path, np.ndarray]:
+        """Return the tokens of each local file."""
+        return {Path(path): tokens for path, tokens in zip(self.paths, self._shards, strict=True)}
+
     def _spans(self, start: int, stop: int) -> list[Span]:
         """Split tokens start to stop into one span per shard."""
         spans = []
@@ -102,6 +108,9 @@ class RemoteTokens(Tokens):
         heads = remote.read_ranges([(url, 0, min(size, _HEADER_BYTES)) for url, size in sizes.items()])
         self._index(tuple(sizes), sizes.values(), heads, flat_dtype)
 
+    def files(self) -> dict[Path, np.ndarray]:
+        return {}
+
     def _read(self, spans: Sequence[Span]) -> Sequence[np.ndarray]:
         width, ranges = self.dtype.itemsize, list[remote.Range]()
         for shard, first, last in spans:
@@ -111,10 +120,17 @@ class RemoteTokens(Tokens):
 
 
 def shards(folder: Path | str, split: str) -> list[str]:
-    """Return the file names of a split ('train' or 'val'): nanoGPT's single file, or else llm.c's shards in order."""
-    names = remote.list_files(folder) if isinstance(folder, str) else [path.name for path in folder.glob("*.bin")]
-    flat = f"{split}.bin"
-    return [flat] if flat in names else sorted(fnmatch.filter(names, f"*{split}*.bin"))
+    """Return the file names of a split ('train' or 'val'): nanoGPT's single file, or else llm.c's shards in order.
+
+    Raises `UserError` if a shard's name fits both splits.
+    """
+    found = remote.list_files(folder) if isinstance(folder, str) else [path.name for path in folder.glob("*.bin")]
+    names, flat = [name for name in found if not name.startswith(".")], f"{split}.bin"
+    if flat in names:
+        return [flat]
+    for name in fnmatch.filter(fnmatch.filter(names, "*train*.bin"), "*val*.bin"):
+        raise UserError(f"{folder}/{name} fits both the train and the val split: name it after one of them")
+    return sorted(fnmatch.filter(names, f"*{split}*.bin"))
 
 
 def side_file(folder: Path | str, name: str) -> bytes | None:
@@ -125,11 +141,14 @@ def side_file(folder: Path | str, name: str) -> bytes | None:
     return None if size is None else remote.read_ranges([(f"{folder}/{name}", 0, size)])[0]
 
 
-def open_split(folder: Path | str, split: str) -> Tokens:
-    """Open the token files of a split. Raises `UserError` if a file is damaged or a promised shard is missing."""
+def open_split(folder: Path | str, split: str, default: np.dtype = UINT16) -> Tokens:
+    """Open the token files of a split; flat ones without a data.json that states their type have the default.
+
+    Raises `UserError` if a file is damaged, or shards or tokens are missing that data.json promises.
+    """
     manifest: dict[str, Any] = parse_json(side_file(folder, MANIFEST) or b"{}", f"{folder}/{MANIFEST}")
-    n_parts, dtype = manifest.get("parts", 0), manifest.get("dtype", "uint16")
-    if dtype not in ("uint16", "uint32") or not isinstance(n_parts, int):
+    n_parts, dtype = manifest.get("parts", 0), manifest.get("dtype", default.name)
+    if dtype not in ("uint16", "uint32") or type(n_parts) is not int:
         raise UserError(f"{folder}/{MANIFEST} is damaged (dtype={dtype!r}, parts={n_parts!r}): copy it again")
     flat_dtype = UINT16 if dtype == "uint16" else UINT32
     names = shards(folder, split)
@@ -137,9 +156,14 @@ def open_split(folder: Path | str, split: str) -> Tokens:
         found = f"{folder} holds {len(names)} of {n_parts} {split} shards"
         raise UserError(f"{found}: run the `python -m gptjax.data tokenize` that began it again, for the rest")
     if isinstance(folder, Path):
-        return Tokens([folder / name for name in names], flat_dtype)
-    sizes = remote.list_files(folder)
-    return RemoteTokens({f"{folder}/{name}": sizes[name] for name in names}, flat_dtype)
+        tokens = Tokens([folder / name for name in names], flat_dtype)
+    else:
+        sizes = remote.list_files(folder)
+        tokens = RemoteTokens({f"{folder}/{name}": sizes[name] for name in names}, flat_dtype)
+    if (promised := manifest.get(f"{split}_tokens", len(tokens))) != len(tokens):
+        found = f"{folder} holds {len(tokens)} {split} tokens, but its {MANIFEST} promises {promised}"
+        raise UserError(f"{found}: delete {folder} to make it again, or copy it again")
+    return tokens
 
 
 def write_tokens(path: Path, arrays: Arrays, dtype: np.dtype, *, header: bool = False) -> int:
@@ -174,6 +198,7 @@ def _layout(path: Path | str, n_bytes: int, head: bytes, flat_dtype: np.dtype) -
     """Return the type of a file's tokens, the byte where they begin and their number."""
     dtype = _DTYPE.get(head[:8])
     if dtype is None:
+        _require_flat(path, head, flat_dtype)
         if n_bytes % flat_dtype.itemsize:
             raise UserError(f"{path} has {n_bytes} bytes, no multiple of a {flat_dtype}: it is cut; copy it again")
         return flat_dtype, 0, n_bytes // flat_dtype.itemsize
@@ -182,3 +207,19 @@ def _layout(path: Path | str, n_bytes: int, head: bytes, flat_dtype: np.dtype) -
         found = f"{path} has {n_bytes} bytes after its header, which promises {n_tokens} tokens of {dtype}"
         raise UserError(f"{found}: it is cut; copy it again")
     return dtype, _HEADER_BYTES, n_tokens
+
+
+def _require_flat(path: Path | str, head: bytes, dtype: np.dtype) -> None:
+    """Raise `UserError` if a file that begins like this holds something else than ids of this type."""
+    if head[:4] in {magic[:4] for magic in _DTYPE}:
+        known = " and ".join(str(int.from_bytes(magic[4:], "little")) for magic in _DTYPE)
+        version = int.from_bytes(head[4:8], "little", signed=True)
+        raise UserError(f"{path} has llm.c's header in version {version}, not {known}: make it with a known version")
+    if _NO_TOKENS.match(head):
+        raise UserError(f"{path} is no token file, as it begins with {head[:24]!r}: fetch or make it again")
+    for bits, limit in ((64, 2**32), (32, 2**16)):
+        ids = np.frombuffer(head[: len(head) // 8 * 8], f"<u{bits // 8}")
+        if bits > 8 * dtype.itemsize and len(ids) >= 32 and np.median(ids) > 0 and ids.max() < limit:
+            fix = 'state it as {"dtype": "uint32"} in a data.json beside it'
+            fix = fix if bits == 32 else "write it as uint16 or uint32"
+            raise UserError(f"{path} seems to hold ids of {bits} bits, not {dtype}: {fix}")

@@ -1,5 +1,6 @@
 """From a text, or the token files of others, to a data set; and the command line that does it by hand."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
 from gptjax.data import Dataset, corpora, load_dataset
 from gptjax.data.__main__ import main
 from gptjax.data.token_files import UINT16, write_tokens
 from gptjax.errors import UserError
+from gptjax.files import LOCK, locked
 from gptjax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +104,47 @@ def test_a_preparation_that_fails_leaves_nothing(config, tmp_path):
     with pytest.raises(UserError, match=r"'F' \(U\+0046\)"):
         load_dataset(with_(config, tokenizer=str(tmp_path / "tokenizer.json")))
     assert list(Path(config.dir).iterdir()) == []
+
+
+@pytest.mark.parametrize("name, size", [("train.bin", 1000), ("val.bin", 0), ("tokenizer.json", 0), ("train.bin", -2)])
+def test_a_prepared_file_that_changed_is_named(config, name, size):
+    path = load_dataset(config).folder / name
+    data = path.read_bytes()
+    path.write_bytes(data[:size] if size >= 0 else data[::-1])
+    for source in (config.source, str(path.parent)):
+        with pytest.raises(UserError, match=rf"{path.parent}.* delete {path.parent} to make it again"):
+            load_dataset(with_(config, source=source))
+    shutil.rmtree(path.parent)
+    load_dataset(config)
+
+
+def test_what_a_killed_preparation_left_is_removed_but_nothing_of_a_live_one(config):
+    dead, live = (Path(config.dir, f".{name}-0123abcd-0123abcd") for name in "xy")
+    others = Path(config.dir, ".others-0123abcd")
+    for each in (dead, others):
+        each.mkdir(parents=True)
+        (each / LOCK).touch()
+    with locked(live):
+        folder = load_dataset(config).folder
+        assert set(Path(config.dir).iterdir()) == {live, others, folder}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda each: st.lists(each) | st.dictionaries(st.text(), each),
+)
+
+
+@given(st.dictionaries(st.sampled_from(["dtype", "parts", "made_from", "digests", "train_tokens", "characters"]), JSON))
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_data_json_of_any_shape_is_made_again_or_refused_in_a_line(config, fields):
+    folder = load_dataset(config).folder
+    whole = (folder / "data.json").read_text()
+    (folder / "data.json").write_text(json.dumps(json.loads(whole) | fields))
+    for source in (config.source, str(folder)):
+        with contextlib.suppress(UserError):
+            load_dataset(with_(config, source=source))
+    (folder / "data.json").write_text(whole)
 
 
 def test_the_other_preparation_may_be_first_at_the_last_moment(config, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import re
 from pathlib import Path
 
 import fsspec
@@ -110,6 +111,33 @@ def test_damaged_files_are_named(tmp_path, bucket):
                 open_split(folder, "train")
 
 
+@pytest.mark.parametrize(
+    "data, complaint",
+    {
+        np.full(99, 7, "<u4").tobytes(): r'ids of 32 bits, not uint16: state it as {"dtype": "uint32"} in a data.json',
+        np.full(99, 7, "<i8").tobytes(): "ids of 64 bits, not uint16: write it as uint16 or uint32",
+        np.array([20240520, 3] + [0] * 256, "<i4").tobytes(): "header in version 3, not 1",
+        b"\x93NUMPY\1\0": "no token file",
+        b"version https://git-lfs.github.com/spec/v1\n": "no token file",
+    }.items(),
+    ids=["32 bits", "64 bits", "version", "NumPy", "LFS"],
+)
+def test_flat_files_of_something_else_are_named(tmp_path, data, complaint):
+    (tmp_path / "train.bin").write_bytes(data)
+    with pytest.raises(UserError, match=rf"train\.bin .*{re.escape(complaint)}"):
+        open_split(tmp_path, "train")
+
+
+def test_a_shard_belongs_to_one_split_and_hidden_ones_to_none(tmp_path):
+    for name in ("x_train_0.bin", "x_val_0.bin", "._x_train_0.bin"):
+        write_tokens(tmp_path / name, [np.arange(9)], UINT16, header=True)
+    assert [path.name for path in open_split(tmp_path, "train").paths] == ["x_train_0.bin"]
+    (tmp_path / "x_val_0.bin").rename(tmp_path / "trained_val_0.bin")
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match="trained_val_0.bin fits both"):
+            open_split(tmp_path, split)
+
+
 def test_files_that_are_missing_or_mixed_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train\.bin"):
         Tokens([tmp_path / "train.bin"])
@@ -169,7 +197,8 @@ def test_a_data_set_opens_from_a_url_as_from_a_folder(tmp_path, bucket, url):
     folder = prepared(tmp_path)
     source = copy_to(bucket, folder) + "/" if url == "memory" else f"file://{folder}"
     local, distant = (load_dataset(DataConfig(source=str(each))) for each in (folder, source))
-    assert distant.fingerprint() == local.fingerprint() and distant.folder == source.rstrip("/")
+    assert distant.matches(local.fingerprint()) and local.matches(distant.fingerprint())
+    assert distant.folder == source.rstrip("/")
     assert distant.tokenizer.to_json() == local.tokenizer.to_json()
     starts = np.array([0, 95, 249, 300, 240])
     assert (windows(distant.train, starts, 20, vocab_size=7) == windows(local.train, starts, 20, vocab_size=7)).all()
