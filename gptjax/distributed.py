@@ -37,6 +37,7 @@ BEHIND_SECONDS = 50.0  # without beginning a step that others have begun: the pr
 FIRST_SECONDS = 1800.0  # the same limit for the first steps, in which one process may compile while others need not
 FIRST_STEPS = 3
 JOIN_SECONDS = 300
+WAIT_SECONDS = 10  # for the others, after which a process says so
 LOST_PEER = re.compile("gloo|nccl|connection|socket|peer|unavailable|deadline|heartbeat|barrier|coordination", re.I)
 EXIT_CODE = 1  # of a process that lost another one
 
@@ -73,8 +74,10 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
     jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM, as StopSignal does
     flags = (coordinator, num_processes, process_id)
     alone = "to train with this process alone pass --num_processes 1"
+    together, before = threading.Event(), signal.signal(signal.SIGINT, signal.SIG_DFL)  # JAX's wait ignores Python's
+    threading.Thread(target=_await_others, args=(together,), daemon=True).start()
     try:
-        jax.distributed.initialize(*flags, initialization_timeout=JOIN_SECONDS)
+        jax.distributed.initialize(*flags, initialization_timeout=JOIN_SECONDS + 60)
     except ValueError as error:
         several = any(os.environ.get(name, "1") != "1" for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
         if flags == (None, None, None) and not several and "JAX_COORDINATOR_ADDRESS" not in os.environ:
@@ -85,7 +88,21 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
         address = coordination.address()
         fix = f"start process 0, and let its host accept connections at {address}; {alone}" if address else alone
         raise UserError(f"the processes cannot find each other ({first_line(error)}): {fix}") from error
+    finally:
+        together.set()
+        signal.signal(signal.SIGINT, before)
     return count() > 1
+
+
+def _await_others(together: threading.Event) -> None:
+    """Say after a while for whom this process waits, and end it where JAX would abort it with a stack trace."""
+    if together.wait(WAIT_SECONDS):
+        return
+    here = f"process {index()}: waiting for {count() - 1} other processes at {coordination.address()}"
+    print(here, file=sys.stderr, flush=True)
+    if not together.wait(JOIN_SECONDS - WAIT_SECONDS):
+        os.write(2, f"error: {here} for {JOIN_SECONDS} s; start them all, and let process 0 be reached\n".encode())
+        os._exit(2)
 
 
 def from_first(key: str, function: Callable[[], str]) -> str:

@@ -290,3 +290,18 @@ def test_a_jax_that_changes_its_private_state_is_named_with_those_that_work(monk
         with pytest.raises(UserError, match=rf"jax 0.10 and 0.12, but not with jax {jax.__version__}"):
             coordination.index()
             coordination.read_all("host")
+
+
+@pytest.mark.slow
+def test_a_process_says_for_whom_it_waits_and_gives_up_in_one_line(tmp_path):
+    program = PROGRAM.replace(
+        "distributed.BEAT", "distributed.WAIT_SECONDS, distributed.JOIN_SECONDS = 1, 3; distributed.BEAT"
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = ["--coordinator", address, "--num_processes", "3", "--process_id", "0"]
+    done = subprocess.run([sys.executable, "-c", program, *flags], cwd=tmp_path, env=ENVIRONMENT, capture_output=True)
+    waiting = f"process 0: waiting for 2 other processes at {address}"
+    first, last = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and first == waiting and last.startswith(f"error: {waiting} for 3 s")
