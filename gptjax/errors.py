@@ -19,7 +19,7 @@ def one_line_errors() -> Iterator[None]:
     """Exit with one line on stderr where the block raises an error that `exit_code_and_message` knows.
 
     A stream that was closed before the process began, whose number a data file could take, is /dev/null in the block;
-    a character that the terminal's encoding lacks is written as an escape.
+    a character that the terminal's encoding lacks is written as an escape, and invalid input is read as U+FFFD.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as train.py has it while it imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,6 +28,8 @@ def one_line_errors() -> Iterator[None]:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     try:
         yield
         sys.stdout.flush()
@@ -73,19 +75,25 @@ class LenientOutput:
 
 
 def exit_code_and_message(error: BaseException) -> tuple[int, str] | None:
-    """The exit code and message of a user's mistake or a full disk (2) or of Ctrl-C (130); None for a bug."""
+    """The exit code and message of a user's mistake or too little space (2) or of Ctrl-C (130); None for a bug."""
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
+    place = f"{error.filename}: " if isinstance(error, OSError) and error.filename is not None else ""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = f"{error.filename}: " if error.filename is not None else ""
         return 2, f"{place}{error.strerror}; free some space and continue with --resume"
-    if isinstance(error, OSError) and error.filename is not None:
-        return 2, f"{error.filename}: {error.strerror}; name another path"
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return 2, f"{place}{error.strerror}: a limit on the size of files, as of ulimit -f; raise it and continue"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first_line(error):
+        return 2, f"not enough memory ({first_line(error)}): choose a smaller model, batch or context"
+    if isinstance(error, OSError) and place:
+        return 2, f"{place}{error.strerror}; name another path"
     return None
 
 
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, at most 200 characters of it, or else the error's type."""
-    return str(error).partition("\n")[0][:200] or type(error).__name__
+    with contextlib.suppress(Exception):  # of an odd __str__
+        return str(error).partition("\n")[0][:200] or type(error).__name__
+    return type(error).__name__
