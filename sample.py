@@ -22,16 +22,16 @@ class Arguments(Section):
     draft: str | None = option(None, "a smaller model with the same tokenizer, for speculative decoding")
     checkpoint: Which = option("best", CHECKPOINT_HELP)
     dtype: Dtype = option("auto", DTYPE_HELP)
-    prompt: tuple[str, ...] = option((), "text to continue, or several texts at once; none: a new line")
+    prompt: tuple[str, ...] = option((), "text to continue, or several texts at once; none: a new line", prose=True)
     prompt_file: str | None = option(None, "file to read the prompt from; -: standard input")
     special: bool = option(
         False, "names of special tokens in a prompt, such as <|endoftext|>, are these tokens, not text"
     )
     chat: bool = option(False, "hold a conversation with an instruction model, line by line; an empty line ends it")
-    system: str | None = option(None, "chat: the system message, which comes before the conversation")
+    system: str | None = option(None, "chat: the system message, which comes before the conversation", prose=True)
     num_samples: int = option(1, "samples of each prompt, drawn at once; the first is streamed")
     max_new_tokens: int = option(500, "the most tokens in a sample")
-    stop: tuple[str, ...] = option((), "texts that end a sample, in addition to the model's own stop tokens")
+    stop: tuple[str, ...] = option((), "texts that end a sample, besides the model's own stop tokens", prose=True)
     temperature: float | None = option(None, "divides the logits; 0: likeliest token; none: the model's own, or 0.8")
     top_k: int | None = option(None, "draw from so many likeliest tokens; 0: from all; none: the model's own, or 200")
     top_p: float | None = option(
@@ -78,8 +78,8 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
-    host.prepare()
     arguments = parse_arguments("sample.py", __doc__, argv, Arguments())
+    host.prepare()
     model = _load(arguments.run or str(newest_run()), arguments)
     draft = _load(arguments.draft, arguments) if arguments.draft else None
     if draft:

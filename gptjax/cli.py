@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from gptjax.config import SECTIONS, Config, type_name
-from gptjax.errors import UserError
+from gptjax.errors import UserError, first_line
 
 Options = TypeVar("Options")
 
@@ -26,7 +26,9 @@ def load_config_file(path: Path) -> Config:
         raise UserError(f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
         config = runpy.run_path(str(path)).get("config")
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         place = f"{path}, line {lines[-1]}" if lines else str(path)
         raise UserError(f"{place}: {_explain(error)}") from error
@@ -36,9 +38,9 @@ def load_config_file(path: Path) -> Config:
 
 
 def _explain(error: BaseException) -> str:
-    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", first_line(error))
     if not unknown:
-        return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
     sections = {cls.__name__: cls for cls in [Config, *SECTIONS.values()]}
     fields = [f.name for f in dataclasses.fields(sections[unknown[1]])] if unknown[1] in sections else []
     return f"{unknown[1]} has no field {unknown[2]!r}" + _did_you_mean(unknown[2], fields)

@@ -34,7 +34,7 @@ class Arguments(Section):
     prompts: str = option(str(PROMPTS), "file of prompts, one on each line")
     temperature: tuple[float, ...] = option((0.0, 0.8), "one answer at each; 0: always the likeliest token")
     max_new_tokens: int = option(100, "the most tokens in an answer")
-    system: str | None = option(None, "the system message of instruction models")
+    system: str | None = option(None, "the system message of instruction models", prose=True)
     seed: int = option(1337, "the same seed gives the same answers")
     out: str = option("compare", "the pages are named OUT.html and OUT.md")
     checkpoint: Which = option("best", CHECKPOINT_HELP)
@@ -77,8 +77,8 @@ class Column:
 
 
 def main(argv: Sequence[str]) -> None:
-    host.prepare()
     arguments = parse_arguments("python -m gptjax.compare", __doc__, argv, Arguments())
+    host.prepare()
     prompts = arguments.read_prompts()
     pages = [Path(f"{arguments.out}.html"), Path(f"{arguments.out}.md")]
     pages[0].parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -19,12 +20,17 @@ def option(default: Any, help: str, **notes: Any) -> Any:
 
     Notes are `free_on_resume` (a resumed run may change the field, since it changes no step's result up to rounding),
     `remedy` (a resumed run may change it where the command line names it: a way out of divergence), `const` (the value
-    of an option without one) and, for model fields, `architecture` (the weights determine the field; if false each run
-    chooses it).
+    of an option without one), `prose` (a leading ~ is not the home folder) and, for model fields, `architecture` (the
+    weights determine the field; if false each run chooses it).
     """
     usual = {"free_on_resume": False, "remedy": False, "architecture": True}
     return field(default=default, metadata={"help": help} | usual | notes)
 
+
+MAX_NUMBER = 3.4e38  # of float32
+MAX_STEPS = 2**31 - 1  # of optax's counters
+MAX_SIZE = 2**24  # of an axis: far above every model's, so that a slip of the keyboard is named before memory is taken
+MAX_LAYERS = 10_000
 
 free = partial(option, free_on_resume=True)
 remedy = partial(option, remedy=True)
@@ -37,13 +43,34 @@ def argument(help: str, many: bool = False) -> Any:
     return field(default=() if many else "", metadata={"help": help, "positional": True})
 
 
+@dataclass(frozen=True)
 class Section:
-    """A dataclass that checks its fields' types, then `validate`s them, wherever it is built from."""
+    """A dataclass that checks its fields' types, then `validate`s them, wherever it is built from.
+
+    A leading ~ in a text is the home folder.
+    """
 
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self)).items():
-            self.require(is_instance(getattr(self, name), hint), name, f"is not {type_name(hint)}")
+        hints = typing.get_type_hints(type(self))
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            self.require(is_instance(value, hints[spec.name]), spec.name, f"is not {type_name(hints[spec.name])}")
+            for each in value if isinstance(value, tuple) else (value,):
+                held = not isinstance(each, (int, float)) or abs(each) <= MAX_NUMBER
+                self.require(held, spec.name, "is not a number that float32 holds")
+                self.require(not isinstance(each, str) or "\0" not in each, spec.name, "contains a zero byte")
+            if not spec.metadata.get("prose"):
+                object.__setattr__(self, spec.name, self._from_home(spec.name, value))
         self.validate()
+
+    def _from_home(self, name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._from_home(name, each) for each in value)
+        if not isinstance(value, str) or not value.startswith("~"):
+            return value
+        path = os.path.expanduser(value)
+        self.require(not path.startswith("~"), name, "begins in a home folder that is not known; for a file ~ pass ./~")
+        return path
 
     def validate(self) -> None:
         """Raise `UserError` where values are out of range or inconsistent."""
@@ -54,6 +81,12 @@ class Section:
             section = type(self).__name__.removesuffix("Config").lower()
             prefix = f"{section}." if section in SECTIONS else ""
             raise UserError(f"{prefix}{name}={getattr(self, name)!r} {complaint}")
+
+    def require_within(self, low: int, high: int, names: str) -> None:
+        """Raise `UserError` for the first of these fields that is outside of [low, high]; None is inside."""
+        for name in names.split():
+            value = getattr(self, name)
+            self.require(value is None or low <= value <= high, name, f"is not in [{low:,}, {high:,}]")
 
 
 @dataclass(frozen=True)
@@ -75,8 +108,9 @@ class DataConfig(Section):
 
     def validate(self) -> None:
         self.require(self.vocab_size >= 257, "vocab_size", "is less than 257: 256 bytes and the end-of-text token")
+        self.require_within(257, MAX_SIZE, "vocab_size")
         self.require(0 < self.val_fraction < 1, "val_fraction", "is not between 0 and 1")
-        self.require(0 <= (self.seed or 0) < 2**32, "seed", "is not in [0, 2**32)")
+        self.require_within(0, 2**32 - 1, "seed")
 
 
 LINEAR_LAYERS = ("query", "key", "value", "out", "up", "gate", "down")
@@ -141,10 +175,12 @@ class ModelConfig(Section):
     )
 
     def validate(self) -> None:
-        for name in "block_size n_layer n_head n_embd norm_eps rope_theta lora_alpha".split():
+        self.require_within(1, MAX_LAYERS, "n_layer")
+        self.require_within(1, MAX_SIZE, "block_size n_head n_embd rope_original_block_size")
+        self.require_within(0, MAX_SIZE, "vocab_size n_kv_head mlp_width lora_rank separator")
+        for name in ("norm_eps", "rope_theta", "lora_alpha"):
             self.require(getattr(self, name) > 0, name, "is not positive")
-        for name in ("vocab_size", "n_kv_head", "mlp_width", "lora_rank", "logit_cap"):
-            self.require(getattr(self, name) >= 0, name, "is negative")
+        self.require(self.logit_cap >= 0, "logit_cap", "is negative")
         fit = self.n_embd // self.n_head * self.n_head or self.n_head
         self.require(
             self.n_embd % self.n_head == 0,
@@ -156,7 +192,6 @@ class ModelConfig(Section):
         odd = f"with {self.n_head} heads is {self.head_width} a head: rotary positions need an even width"
         self.require(self.position == "learned" or self.head_width % 2 == 0, "n_embd", odd)
         self.require(self.rope_factor >= 1, "rope_factor", "is less than 1")
-        self.require(self.rope_original_block_size > 0, "rope_original_block_size", "is not positive")
         layers = f"is not a list of linear layers: of {', '.join(LINEAR_LAYERS)}, separated by commas"
         self.require(set(self.lora_layers.split(",")) <= set(LINEAR_LAYERS), "lora_layers", layers)
         self.require(0 <= self.dropout < 1, "dropout", "is not in [0, 1)")
@@ -225,9 +260,10 @@ class OptimizerConfig(Section):
             self.require(getattr(self, name) > 0, name, "is not positive")
         limit = f"is not in [0, optimizer.learning_rate={self.learning_rate}]"
         self.require(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate", limit)
-        self.require(self.decay_steps is None or self.decay_steps > 0, "decay_steps", "is not positive")
+        self.require_within(0, MAX_STEPS, "warmup_steps")
+        self.require_within(1, MAX_STEPS, "decay_steps")
         self.require(0 < self.decay_fraction <= 1, "decay_fraction", "is not in (0, 1]")
-        for name in ("warmup_steps", "weight_decay", "muon_weight_decay", "grad_clip"):
+        for name in ("weight_decay", "muon_weight_decay", "grad_clip"):
             self.require(getattr(self, name) >= 0, name, "is negative")
         for name in ("beta1", "beta2"):
             self.require(0 <= getattr(self, name) < 1, name, "is not in [0, 1)")
@@ -255,12 +291,11 @@ class TrainConfig(Section):
     seed: int = option(1337, "random seed of initialization, batches and dropout")
 
     def validate(self) -> None:
-        intervals = ("eval_interval", "save_interval", "log_interval", "keep_checkpoints", "keep_every")
-        for name in ("max_steps", "batch_size", "accumulate", *intervals):
-            self.require(getattr(self, name) is None or getattr(self, name) > 0, name, "is not positive")
-        for name in ("eval_batches", "patience", "max_skipped"):
-            self.require(getattr(self, name) >= 0, name, "is negative")
-        self.require(0 <= self.seed < 2**32, "seed", "is not in [0, 2**32)")
+        intervals = "eval_interval save_interval log_interval keep_checkpoints keep_every"
+        self.require_within(1, MAX_STEPS, f"max_steps {intervals}")
+        self.require_within(0, MAX_STEPS, "eval_batches patience max_skipped")
+        self.require_within(1, MAX_SIZE, "batch_size accumulate")
+        self.require_within(0, 2**32 - 1, "seed")
         divides = f"does not divide into train.accumulate={self.accumulate} equal micro-steps"
         self.require(self.batch_size % self.accumulate == 0, "batch_size", divides)
 
@@ -282,6 +317,7 @@ class MeshConfig(Section):
     def validate(self) -> None:
         for name in ("data", "fsdp", "tensor"):
             known = getattr(self, name) >= 1 or getattr(self, name) == -1 or (name == "fsdp" and self.fsdp == 0)
+            self.require_within(-1, MAX_SIZE, name)
             self.require(known, name, "is neither positive nor -1")
         rest = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
         self.require(len(rest) <= 1, rest[-1] if rest else "data", "is the second -1: only one axis can take the rest")
@@ -326,8 +362,10 @@ class Config(Section):
                 section, _, field = name.partition(".")
                 value = sections.get(section, {}).pop(field, harmless)
                 if harmless is not None and value != harmless:
-                    raise UserError(f"{path}: {name}={value!r} is from gptjax 0.1, and no later version can run it")
+                    raise UserError(f"{name}={value!r} is from gptjax 0.1, and no later version can run it")
             return Config(**{k: SECTIONS[k](**values) if k in SECTIONS else values for k, values in sections.items()})
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is not a config of this version of gptjax: {error}") from error
 

@@ -45,8 +45,8 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
-    host.prepare()
     arguments = parse_arguments("python -m gptjax.evaluate", __doc__, argv, Arguments())
+    host.prepare()
     paths = {name: Path(path) for name in ("text", "hellaswag") if (path := getattr(arguments, name))}
     if not paths:
         raise UserError("nothing to evaluate: pass --text FILE or --hellaswag FILE")

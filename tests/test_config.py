@@ -1,19 +1,24 @@
 """Config: types and values are checked where a config is built, and each mistake is one line that names the field."""
 
+import contextlib
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gptjax.cli import Parser, load_config_file
-from gptjax.config import SECTIONS, Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from gptjax.config import SECTIONS, Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, flat
 from gptjax.errors import UserError
+
+PARSER = Parser("train.py", "")
+PARSER.add_fields(Config())
 
 
 def parse(*argv):
-    parser = Parser("train.py", "")
-    parser.add_fields(Config())
-    return parser.parse(argv, Config())[0]
+    return PARSER.parse(argv, Config())[0]
 
 
 def require_error(call, *words):
@@ -53,6 +58,12 @@ def test_the_command_line_overrides_fields_of_every_type():
         ("--model.logit_cap -15", ["model.logit_cap=-15.0", "negative"]),
         ("--mesh.fsdp -1", ["mesh.", "second -1"]),
         ("--train.seed -3", ["train.seed=-3"]),
+        ("--train.batch_size 999999999999", ["train.batch_size=999999999999", "[1, 16,777,216]"]),
+        ("--model.n_layer 1000000000000", ["model.n_layer=1000000000000", "[1, 10,000]"]),
+        ("--train.max_steps 99999999999999999999999", ["train.max_steps=99999999999999999999999"]),
+        ("--optimizer.learning_rate inf", ["optimizer.learning_rate=inf", "float32"]),
+        ("--optimizer.grad_clip nan", ["optimizer.grad_clip=nan", "float32"]),
+        ("--data.dir ~nobody_of_this_name/x", ["data.dir='~nobody_of_this_name/x'", "home"]),
         ("stray", ["stray"]),
     ],
 )
@@ -86,6 +97,10 @@ def test_mistakes_in_python_name_the_field(build, words):
         ("config = 3", ["builds no"]),
         ("config = Config(", ["SyntaxError"]),
         ("import nonesuch", ["line 2", "nonesuch"]),
+        ("raise SystemExit", ["line 2", "SystemExit"]),
+        ("class Odd(BaseException):\n    def __str__(self): return 1 / 0\nraise Odd", ["line 4", "Odd"]),
+        ("def f(): f()\nf()", ["RecursionError"]),
+        ("\0", ["null bytes"]),
     ],
 )
 def test_mistakes_in_a_config_file_name_the_file_and_line(tmp_path, text, words):
@@ -103,6 +118,43 @@ def test_json_round_trip_and_its_mistakes(tmp_path):
         path.write_text(text)
         require_error(lambda: Config.from_json(path), str(path))
     require_error(lambda: Config.from_json(tmp_path / "nowhere.json"), "No such file")
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("--data.source=~/a.txt").data.source == str(tmp_path / "a.txt")
+    assert parse("--data.source=a~/~").data.source == "a~/~"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from([*SECTIONS]), inner),
+    max_leaves=4,
+)
+FIELDS = st.sampled_from([name.split(".") for name in flat(Config()) if "." in name])
+VALUES = st.integers() | st.floats() | st.text() | st.sampled_from(["none", "true", "-1", "1e400", "~", "gpt2"])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(FIELDS, JSON), max_size=3), JSON)
+def test_any_config_json_is_a_config_or_one_line(tmp_path_factory, changes, other):
+    path, sections = tmp_path_factory.getbasetemp() / "config.json", dataclasses.asdict(Config())
+    for (section, field), value in changes:
+        sections[section][field] = value
+    for values in (sections, sections | {"model": other}, other):
+        path.write_text(json.dumps(values))
+        try:
+            assert isinstance(Config.from_json(path), Config)
+        except UserError as error:
+            assert str(path) in str(error)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(FIELDS.map(".".join) | st.text(), VALUES | st.none())))
+def test_any_command_line_is_a_config_or_one_line(arguments):
+    argv = [word for name, value in arguments for word in (f"--{name}", value) if word is not None]
+    with contextlib.suppress(UserError):
+        assert isinstance(parse(*map(str, argv)), Config)
 
 
 def test_every_shipped_config_loads_and_has_its_command():
