@@ -1,4 +1,4 @@
-"""The machine that a process runs on: its cores, its memory, and the cache of compiled programs."""
+"""The machine that a process runs on: its cores and its memory."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,8 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
+
+from gptjax.compilation_cache import cache_compiled_programs
 
 M_TOP_PAD, M_MMAP_THRESHOLD = -2, -3  # of glibc's malloc.h
 
@@ -31,25 +33,6 @@ def prepare() -> None:
     """Make this process reuse the memory that it frees and the programs that an earlier process compiled."""
     keep_freed_memory()
     cache_compiled_programs()
-
-
-def cache_compiled_programs() -> None:
-    """Cache on disk the programs that take XLA longer than 0.2 seconds to compile, at most 2 GiB of them.
-
-    The folder is JAX_COMPILATION_CACHE_DIR or else ~/.cache/gptjax/xla (XDG_CACHE_HOME replaces ~/.cache). There is no
-    cache if JAX_ENABLE_COMPILATION_CACHE is false or if the folder cannot be made.
-    """
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "xla"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", 2 << 30)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def keep_freed_memory() -> None:
