@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -24,9 +26,30 @@ def use_cores(rows: int, n_devices: int) -> None:
     prepare()
 
 
-def n_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def n_cores(root: Path = Path("/")) -> int:
+    """The cores that this process may use, by its affinity and by the quota of its control group, rounded up."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = _group_limits(root, "cpu", ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"])
+    return max(1, min([n, *(math.ceil(quota / period) for quota, period in limits)]))
+
+
+def _group_limits(root: Path, controller: str, v2: list[str], v1: list[str]) -> Iterator[list[int]]:
+    """The numbers in the files `v2` or `v1` of this process's Linux control group, and of each group around it.
+
+    A group without a limit is left out. A container may see its own group at the root alone.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            top = root / "sys/fs/cgroup" / (controller if controllers else "")
+            folder = top / path.lstrip("/")
+            for group in [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]:
+                with contextlib.suppress(OSError, ValueError, IndexError):
+                    text = " ".join((group / name).read_text(encoding="utf-8") for name in (v1 if controllers else v2))
+                    if (numbers := [int(word) for word in text.split()])[0] > 0:
+                        yield numbers
 
 
 def prepare() -> None:

@@ -1,8 +1,33 @@
-"""The machine: the cache of compiled programs."""
+"""The machine: the cores and the memory that a container leaves to a process, and the cache of compiled programs."""
 
 import os
 
+import pytest
+
+from gptjax import host
 from gptjax.compilation_cache import MAX_BYTES, ProgramCache
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "100001 50000"}, 3),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2),
+        ("0::/docker/not/mounted", {"cpu.max": "100000 100000"}, 1),
+        ("4:memory:/\n3:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "150000", "cpu/a/cpu.cfs_period_us": "50000"}, 3),
+        ("3:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, None),
+        ("0::/", {}, None),
+        ("nonsense", {"cpu.max": "100000 100000"}, None),
+    ],
+)
+def test_the_cores_of_a_process_follow_the_quota_of_its_control_groups(tmp_path, monkeypatch, membership, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    for name, text in {"proc/self/cgroup": membership, **{f"sys/fs/cgroup/{k}": v for k, v in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert host.n_cores(tmp_path) == (cores or 16)
 
 
 def test_a_cached_program_is_whole_or_absent(tmp_path):
