@@ -10,7 +10,9 @@ from functools import cache
 from pathlib import Path
 
 from gptjax.compilation_cache import cache_compiled_programs
+from gptjax.errors import UserError
 
+MAX_CPU_DEVICES = 4096
 M_TOP_PAD, M_MMAP_THRESHOLD = -2, -3  # of glibc's malloc.h
 
 
@@ -21,6 +23,8 @@ def use_cores(rows: int, n_devices: int) -> None:
     """
     import jax
 
+    if n_devices > MAX_CPU_DEVICES:
+        raise UserError(f"{n_devices:,} CPU devices are more than {MAX_CPU_DEVICES:,}: lower --cpu_devices or the mesh")
     n_even = max(n for n in range(1, n_cores() + 1) if rows % n == 0)
     jax.config.update("jax_num_cpu_devices", n_devices or n_even)
     prepare()
@@ -31,6 +35,17 @@ def n_cores(root: Path = Path("/")) -> int:
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = _group_limits(root, "cpu", ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"])
     return max(1, min([n, *(math.ceil(quota / period) for quota, period in limits)]))
+
+
+def usable_memory(root: Path = Path("/")) -> float:
+    """Bytes of memory that this process may use: the machine's or its control group's; infinity if unknown."""
+    limits = [
+        math.inf,
+        *(limit for [limit] in _group_limits(root, "memory", ["memory.max"], ["memory.limit_in_bytes"])),
+    ]
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return float(min(limits))
 
 
 def _group_limits(root: Path, controller: str, v2: list[str], v1: list[str]) -> Iterator[list[int]]:

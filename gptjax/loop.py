@@ -24,7 +24,7 @@ from gptjax.files import write_atomically
 from gptjax.metrics import Metrics
 from gptjax.resolve import resolve
 from gptjax.run_dir import require_resumable, saved_config
-from gptjax.sharding import batch_sharding, make_mesh, memory
+from gptjax.sharding import batch_sharding, make_mesh, memory, require_memory
 from gptjax.training import Steps, TrainState, compile_steps, state_bytes
 
 FIRST_BATCHES = 4  # in the evaluation of random weights, which predict no part of the split better than another
@@ -91,7 +91,9 @@ def train(
     model = resolve(config.model, jax.default_backend())
     config = replace(config, model=replace(config.model, dtype=model.dtype))
     distributed.require_same("config", {"data": dataset.fingerprint(), "jax": jax.__version__} | flat(config))
-    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate, state_bytes(config))
+    n_bytes = state_bytes(config)
+    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate, n_bytes)
+    require_memory(mesh, n_bytes, config.train.batch_size * config.model.block_size)
     config = replace(config, mesh=MeshConfig(**mesh.shape))  # a resumed run on this mesh is equal bit for bit
     if saved:
         require_resumable(saved, config, named)

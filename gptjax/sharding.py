@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.errors import UserError
 from gptjax.flops import device_peak
+from gptjax.host import usable_memory
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -98,6 +99,21 @@ def memory(device: jax.Device) -> float:
     """Bytes of a device's own memory; infinity where it is unknown, as on CPUs, whose devices share the host's."""
     peak = device_peak(device.device_kind)
     return float(peak.memory) if peak else math.inf
+
+
+def require_memory(mesh: Mesh, state_bytes: int, batch_tokens: int) -> None:
+    """Raise `UserError` where a device cannot even hold its part of the train state and of a batch of token ids.
+
+    CPU devices share the memory that this process may use.
+    """
+    devices, parts = mesh.local_devices, mesh.shape["fsdp"] * mesh.shape["tensor"]
+    needed = state_bytes / parts + 4 * batch_tokens / (mesh.shape["data"] * mesh.shape["fsdp"])
+    usable = usable_memory() / len(devices) if devices[0].platform == "cpu" else memory(devices[0])
+    if needed > usable:
+        raise UserError(
+            f"state and batch take {needed / 2**30:,.1f} GiB on each device, which has {usable / 2**30:,.1f} GiB: "
+            "choose a smaller model or train.batch_size, or more parts with --mesh.fsdp"
+        )
 
 
 def require_divisible(model: ModelConfig, mesh: Mesh) -> None:

@@ -30,6 +30,15 @@ def test_the_cores_of_a_process_follow_the_quota_of_its_control_groups(tmp_path,
     assert host.n_cores(tmp_path) == (cores or 16)
 
 
+def test_the_memory_of_a_process_is_its_control_groups_or_the_machines(tmp_path):
+    machine = host.usable_memory(tmp_path)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("1048576\n")
+    assert host.usable_memory(tmp_path) == 2**20 < machine
+
+
 def test_a_cached_program_is_whole_or_absent(tmp_path):
     cache, file = ProgramCache(tmp_path), tmp_path / "step-cache"
     assert cache.get("step") is None
