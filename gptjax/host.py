@@ -4,13 +4,14 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from gptjax.compilation_cache import cache_compiled_programs
-from gptjax.errors import UserError
+from gptjax.errors import UserError, first_line
 
 MAX_CPU_DEVICES = 4096
 M_TOP_PAD, M_MMAP_THRESHOLD = -2, -3  # of glibc's malloc.h
@@ -68,9 +69,24 @@ def _group_limits(root: Path, controller: str, v2: list[str], v1: list[str]) -> 
 
 
 def prepare() -> None:
-    """Make this process reuse the memory that it frees and the programs that an earlier process compiled."""
+    """Make this process reuse the memory that it frees and the programs that an earlier process compiled.
+
+    Raises `UserError` if JAX cannot use the platform that it is told to use.
+    """
     keep_freed_memory()
     cache_compiled_programs()
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        if re.search("DEADLINE|UNAVAILABLE", str(error)):  # another process is lost
+            raise
+        asked, reason = os.environ.get("JAX_PLATFORMS", ""), str(error) and first_line(error)
+        raise UserError(
+            f"JAX_PLATFORMS={asked} cannot be used: {reason or 'this JAX is installed without it'}; unset it to use "
+            "the hardware that there is, or name cpu, cuda, rocm or tpu"
+        ) from error
 
 
 def keep_freed_memory() -> None:
