@@ -42,7 +42,8 @@ class Arguments(Section):
     seed: int = option(1337, "the same seed gives the same text; each further sample has the next seed")
 
     def validate(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "repetition_penalty"):
+        self.require_within(1, 2**16, "num_samples")
+        for name in ("max_new_tokens", "repetition_penalty"):
             value = getattr(self, name)
             self.require(value is None or value > 0, name, "is not positive")
         for name in ("temperature", "top_k", "seed"):

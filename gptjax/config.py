@@ -358,6 +358,8 @@ class Config(Section):
     def from_dict(sections: dict[str, Any], path: Path) -> "Config":
         """The config of the dictionary in `path`, which errors name."""
         try:
+            if bad := [name for name in SECTIONS if not isinstance(sections.get(name, {}), dict)]:
+                raise UserError(f"{bad[0]} holds no JSON object")
             for name, harmless in RETIRED.items():
                 section, _, field = name.partition(".")
                 value = sections.get(section, {}).pop(field, harmless)

@@ -1,11 +1,14 @@
-"""The machine: the cores and the memory that a container leaves to a process, and the cache of compiled programs."""
+"""The machine: the devices, cores and memory that a process can use, and the cache of compiled programs."""
 
 import os
+from unittest.mock import Mock
 
+import jax
 import pytest
 
 from gptjax import host
 from gptjax.compilation_cache import MAX_BYTES, ProgramCache
+from gptjax.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,19 @@ def test_the_memory_of_a_process_is_its_control_groups_or_the_machines(tmp_path)
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("1048576\n")
     assert host.usable_memory(tmp_path) == 2**20 < machine
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'xyz': unknown")])
+def test_a_platform_that_jax_cannot_use_is_one_line(monkeypatch, error):
+    monkeypatch.setattr(jax, "devices", Mock(side_effect=error))
+    monkeypatch.setenv("JAX_PLATFORMS", "xyz")
+    with pytest.raises(UserError, match="JAX_PLATFORMS=xyz cannot be used: .*name cpu, cuda, rocm or tpu"):
+        host.prepare()
+
+
+def test_a_mistyped_number_of_cpu_devices_is_refused():
+    with pytest.raises(UserError, match="1,000,000 CPU devices are more than 4,096"):
+        host.use_cores(8, 10**6)
 
 
 def test_a_cached_program_is_whole_or_absent(tmp_path):

@@ -5,12 +5,17 @@ import os
 import typing
 from contextlib import ExitStack
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from gptjax.config import Config, DataConfig, OptimizerConfig, TrainConfig, field_metadata, flat
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, field_metadata, flat
 from gptjax.errors import UserError
 from gptjax.files import InUse
-from gptjax.run_dir import new_run_dir, newest_run, require_resumable
+from gptjax.run_dir import load_run, new_run_dir, newest_run, require_resumable
+from gptjax.tokenizer import Tokenizer
+from gptjax.training import init_state
 
 
 def make_run(path, seconds):
@@ -76,6 +81,33 @@ def test_the_newest_run_is_the_one_that_saved_last(tmp_path, monkeypatch):
     assert str(newest_run()) == "out/a" and str(newest_run("b")) == "out/b-2"
     with pytest.raises(UserError, match="no run in out/c"):
         newest_run("c")
+
+
+def test_a_checkpoint_that_training_replaces_is_read_again(tmp_path, monkeypatch):
+    model = ModelConfig(vocab_size=3, n_layer=1, n_head=1, n_embd=2, block_size=2, dtype="float32")
+    (tmp_path / "config.json").write_text(Config(model=model).to_json())
+    (tmp_path / "tokenizer.json").write_text(Tokenizer.characters("abc").to_json())
+    shapes = jax.eval_shape(lambda: init_state(Config(model=model)).params)
+    restore = Checkpoints.restore
+
+    def save(step):
+        checkpoints = Checkpoints(tmp_path / "checkpoints" / "best")
+        checkpoints.save(step, {}, params=jax.tree.map(lambda leaf: jnp.full(leaf.shape, float(step)), shapes))
+        checkpoints.close()
+
+    def interrupted(self, **abstract):
+        if self.step < 3:
+            save(self.step + 1)
+            raise UserError("damaged")
+        return restore(self, **abstract)
+
+    save(1)
+    monkeypatch.setattr(Checkpoints, "restore", interrupted)
+    assert jax.tree.leaves(load_run(tmp_path, "best")[1])[0].ravel()[0] == 3
+    for file in (tmp_path / "checkpoints").rglob("sha256.json"):
+        file.unlink()
+    with pytest.raises(UserError, match="damaged"):
+        load_run(tmp_path, "best")
 
 
 BASE = Config(data=DataConfig(tokenizer="bpe"), optimizer=OptimizerConfig(decay_steps=2000))

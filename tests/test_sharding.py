@@ -16,7 +16,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.model import GPT
-from gptjax.sharding import batch_sharding, gathered, make_mesh, path_name, spec_of
+from gptjax.sharding import batch_sharding, gathered, make_mesh, path_name, require_memory, spec_of
 from gptjax.training import Steps, TrainState, compile_steps, loss_sum
 
 CONFIG = Config(
@@ -337,6 +337,16 @@ def test_only_one_axis_can_be_the_rest():
 def test_a_state_that_would_fill_a_device_is_split_by_default(monkeypatch, mesh_config, state_bytes, sizes):
     monkeypatch.setattr("gptjax.sharding.memory", lambda device: 1000)
     assert tuple(make_mesh(mesh_config, 8, state_bytes).shape.values()) == sizes
+
+
+@pytest.mark.parametrize(("mesh_config", "fits"), [(MeshConfig(data=2), 500), (MeshConfig(data=1, fsdp=2), 1000)])
+def test_what_no_device_can_hold_is_refused_before_it_is_allocated(monkeypatch, mesh_config, fits):
+    """Two CPU devices share 1,000 bytes and more for 50 tokens."""
+    monkeypatch.setattr("gptjax.sharding.usable_memory", lambda: 1200.0)
+    mesh = make_mesh(mesh_config, 2, devices=jax.devices()[:2])
+    require_memory(mesh, fits, 50)
+    with pytest.raises(UserError, match="state and batch take .* GiB: choose a smaller model"):
+        require_memory(mesh, fits + 10, 50)
 
 
 @pytest.mark.parametrize(

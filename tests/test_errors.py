@@ -1,0 +1,28 @@
+"""Mistakes, and limits of the machine, that end a command with one line."""
+
+import errno
+
+import pytest
+
+from gptjax.errors import UserError, exit_code_and_message
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("a=1 is odd"), 2, "a=1 is odd"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "free some space"),
+        (OSError(errno.EFBIG, "File too large", "a.bin"), 2, "a.bin: File too large: a limit on the size of files"),
+        (PermissionError(errno.EACCES, "Permission denied", "a.bin"), 2, "a.bin: Permission denied"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), 2, "Out of memory allocating 9 bytes"),
+        (MemoryError(), 2, "not enough memory"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, code, words):
+    found, message = exit_code_and_message(error)
+    assert found == code and words in message
+
+
+def test_a_bug_keeps_its_traceback():
+    assert exit_code_and_message(ValueError("x")) is None and exit_code_and_message(OSError(errno.EIO, "I/O")) is None
