@@ -14,6 +14,7 @@ import tokenizers
 from jaxtyping import Int32, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from gptjax.config import MAX_SIZE
 from gptjax.errors import UserError
 from gptjax.vocabulary import END_OF_TEXT, byte_level, read_vocabulary
 
@@ -32,6 +33,8 @@ class Tokenizer:
         self._library = library
         vocabulary = library.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1  # some ids below it may be unused
+        if self.vocab_size > MAX_SIZE:
+            raise UserError(f"the tokenizer has the id {self.vocab_size - 1:,}: a vocabulary has at most {MAX_SIZE:,}")
         self.end_of_text: int | None = vocabulary.get(END_OF_TEXT)
         self._id_of_code_point = _character_table(library)
         self.begin: Int32[np.ndarray, " T"] = _first_tokens(library)

@@ -210,3 +210,9 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, monkeypatch):
             Tokenizer.from_name_or_path("gpt2")
         monkeypatch.chdir(tmp_path)
         (tmp_path / "gpt2").mkdir(exist_ok=True)
+
+
+def test_a_huge_id_is_refused():
+    text = Tokenizer.characters("ab").to_json().replace('"b": 1', '"b": 4294967295')
+    with pytest.raises(UserError, match="4,294,967,295"):
+        Tokenizer.from_json(text.encode(), "tokenizer.json")

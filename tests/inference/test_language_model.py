@@ -343,6 +343,7 @@ def test_an_empty_line_or_the_end_of_input_ends_a_conversation(talk, instruct):
         ("--prompt a --prompt_file b", "prompt=('a',) and prompt_file"),
         ("--prompt_file nowhere.txt", "nowhere.txt"),
         ("--chat --prompt a", "chat=True"),
+        ("--num_samples 1000000000", "num_samples=1000000000"),
         ("--chat --num_samples 2", "chat=True"),
         ("--chat", "base is not a chat model: it has no chat template"),
         ("--system brief", "system='brief'"),
