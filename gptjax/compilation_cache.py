@@ -64,6 +64,7 @@ def cache_compiled_programs() -> None:
     if not named:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    from jax._src import compilation_cache  # the only way to replace it
+    with contextlib.suppress(ImportError):  # a later JAX without this private module keeps its own cache
+        from jax._src import compilation_cache
 
-    vars(compilation_cache)["get_file_cache"] = lambda _: (ProgramCache(folder), str(folder))
+        vars(compilation_cache)["get_file_cache"] = lambda _: (ProgramCache(folder), str(folder))
