@@ -24,7 +24,8 @@ def is_plain(name: str) -> bool:
 def files_below(folder: Path) -> dict[str, int | None]:
     """Return the size of each file by its path below `folder`, `None` if it is met again under another name.
 
-    Linked folders are followed. A hidden folder, a folder that is met again, a broken link and a pipe have `None` too.
+    Linked folders are followed. A hidden folder, one that is met again, one that gptjax made (a run, or token files), a
+    broken link and a pipe have `None` too.
     """
     info = folder.stat()
     found, seen = dict[str, int | None](), {(info.st_dev, info.st_ino)}
@@ -41,6 +42,10 @@ def files_below(folder: Path) -> dict[str, int | None]:
         raise error
 
     for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        ours = {"data.json", "tokenizer.json"} <= {*files} or {"config.json", "checkpoints"} <= {*files, *folders}
+        if ours and Path(root) != folder:
+            found[Path(root).relative_to(folder).as_posix()], folders[:] = None, []
+            continue
         sizes = {name: size(Path(root, name)) for name in sorted([*folders, *files])}
         folders[:] = [name for name in sorted(folders) if sizes[name] is not None]
         below, entered = Path(root).relative_to(folder), set(folders)
@@ -58,7 +63,7 @@ def chosen(found: Mapping[str, int | None], fits: Callable[[str], object], sourc
         if any(map(is_hidden, name.split("/"))):
             left["hidden"] += 1
         elif size is None:
-            left["no file, or linked twice"] += 1
+            left["no file, linked twice or made by gptjax"] += 1
         elif not fits(name):
             left[Path(name).suffix.lower() or "without a suffix"] += 1
         else:
