@@ -47,6 +47,20 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write a file at once unless there is one: of several processes that do so at a time, one succeeds."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.link(part, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path; its file replaces `path` when the block succeeds, and is removed when it fails.

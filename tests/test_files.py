@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gptjax.files import InUse, locked, remove_leftovers, replacing
+from gptjax.files import InUse, locked, remove_leftovers, replacing, write_new
 
 HOLDER = """
 import pathlib, sys
@@ -47,3 +47,9 @@ def test_unfinished_files_are_removed_once_their_process_is_dead(tmp_path):
     with replacing(tmp_path / "b.bin") as own:
         remove_leftovers(tmp_path)
         assert set(tmp_path.iterdir()) == {own, tmp_path / "mine.part"}
+
+
+def test_the_first_of_several_writers_wins(tmp_path):
+    for text in ("first", "second"):
+        write_new(tmp_path / "a", text)
+    assert (tmp_path / "a").read_text() == "first" and [*tmp_path.iterdir()] == [tmp_path / "a"]

@@ -29,7 +29,7 @@ from gptjax.data import token_files
 from gptjax.data.at_scale.documents import Document, Part, documents, find_files, parts_of
 from gptjax.data.token_files import MANIFEST, Tokens, dtype_for, token_writer
 from gptjax.errors import UserError
-from gptjax.files import read_json, write_atomically
+from gptjax.files import read_json, remove_leftovers, write_atomically, write_new
 from gptjax.host import n_cores
 from gptjax.tokenizer import END_OF_TEXT, Tokenizer, safe_chunks
 
@@ -157,7 +157,8 @@ def begin_folder(config: TokenizeConfig, files: dict[str, int], n_parts: int) ->
     if tokenizer.token_id(config.end_of_text) is None:
         missing = f"tokenizer {config.tokenizer!r} has no token {config.end_of_text!r}"
         raise UserError(f"{missing}: pass the token that ends its texts as --end_of_text")
-    spec, settings = tokenizer.to_json(), ("end_of_text", "column", "val_fraction", "part_mb")
+    spec, copy = tokenizer.to_json(), folder / "tokenizer.json"
+    settings = ("end_of_text", "column", "val_fraction", "part_mb")
     manifest: dict[str, Any] = {
         "format": "llmc",
         "dtype": dtype_for(tokenizer.vocab_size).name,
@@ -172,8 +173,9 @@ def begin_folder(config: TokenizeConfig, files: dict[str, int], n_parts: int) ->
     if not (folder / MANIFEST).exists():
         if token_files.shards(folder, "train") or token_files.shards(folder, "val"):
             raise UserError(f"{folder} holds token files of another kind: pass another --out")
-        write_atomically(folder / "tokenizer.json", spec)
-        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+        if copy.exists() and copy.read_bytes() != spec.encode():
+            raise UserError(f"{copy} is another tokenizer, which this would replace: pass another --out")
+        write_new(folder / MANIFEST, json.dumps(manifest, indent=1))
     found = read_json(folder / MANIFEST)
     differing = [
         name if name in ("files", "tokenizer") else f"{name} ({found.get(name)!r}, not {value!r})"
@@ -183,6 +185,8 @@ def begin_folder(config: TokenizeConfig, files: dict[str, int], n_parts: int) ->
     if differing:
         other = f"{folder} was begun with other {', '.join(differing)}"
         raise UserError(f"{other}: repeat the command that began it, or pass another --out")
+    if not copy.exists() or copy.read_bytes() != spec.encode():
+        write_atomically(copy, spec)
 
 
 def _shards_of(folder: str, number: int) -> tuple[Path, Path]:
@@ -219,8 +223,7 @@ def _run(parts: dict[int, Part], config: TokenizeConfig, n_workers: int) -> Gene
 
 def _remove_unfinished(parts: Iterable[int], config: TokenizeConfig) -> None:
     for shard in (shard for number in parts for shard in _shards_of(config.out, number)):
-        for unfinished in shard.parent.glob(f"{shard.name}.*.part"):
-            unfinished.unlink(missing_ok=True)
+        remove_leftovers(shard.parent, shard.name)
 
 
 def _begin_worker() -> None:
