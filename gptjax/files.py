@@ -117,8 +117,7 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        for unfinished in folder.glob("*.part"):
-            unfinished.unlink(missing_ok=True)
+        remove_leftovers(folder)
         try:
             yield
         finally:

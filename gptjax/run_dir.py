@@ -110,7 +110,7 @@ def load_run(path: Path, which: Literal["best", "latest"]) -> tuple[Config, Any,
             raise
         return load_run(path, which)
     tokenizer = Tokenizer.load(path / "tokenizer.json")
-    _, _, vocabulary = [*meta["data"].split(":"), "", ""][:3]  # as Dataset.fingerprint; version 0.1 saved none
+    _, _, vocabulary = [*meta.get("data", "").split(":"), "", ""][:3]  # as Dataset.fingerprint; version 0.1 saved none
     if tokenizer.vocab_size > config.model.vocab_size or vocabulary not in ("", tokenizer.fingerprint()):
         raise UserError(f"{path / 'tokenizer.json'} is not the one that the run was trained with: restore it")
     return config, trees["params"], tokenizer
