@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import distributed, flops, report
+from gptjax import distributed, environment, flops, report
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig, flat
 from gptjax.data import batches
@@ -208,7 +208,10 @@ def _train_and_report(
     step_flops = flops.step_flops(config, run.steps.state.params)
     _introduce(run, start, step_flops, peak)
     token_flops = step_flops / (config.train.batch_size * config.model.block_size)
-    with Metrics(run.folder, config, start, progress.seconds, token_flops, peak, partial(_place, run)) as metrics:
+    with (
+        environment.recorded(run.folder, start, config, progress.data),
+        Metrics(run.folder, config, start, progress.seconds, token_flops, peak, partial(_place, run)) as metrics,
+    ):
         metrics.skipped = progress.skipped
         step = _loop(run, state, progress, metrics, stop)
     if stop.agreed and step < config.train.max_steps:

@@ -19,7 +19,9 @@ from gptjax.tokenizer import Tokenizer
 from gptjax.training import init_state
 
 # What a run writes in its folder, and other programs may have there.
-OWN_FILES = ("config.json", "tokenizer.json", "metrics.csv", "loss.png", "report.md", "checkpoints", "tensorboard")
+OWN_FILES = (
+    "config.json tokenizer.json environment.json metrics.csv loss.png report.md checkpoints tensorboard"
+).split()
 
 
 def new_run_dir(name: str, out_dir: str | None, lock: ExitStack) -> Path:
