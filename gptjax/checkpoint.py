@@ -120,16 +120,19 @@ class Checkpoints:
         A note names each damaged one. Several processes each verify a part of the files.
         """
         for step in reversed(self.steps):
-            problem = ""
-            try:
-                self._verify_checksums(step)
-            except Exception as error:
-                problem = first_line(error)
-            problems = [*filter(None, distributed.gather(f"verify/{self.folder.name}/{step}", problem))]
+            problems = [*filter(None, distributed.gather(f"verify/{self.folder.name}/{step}", self.damage(step)))]
             if not problems:
                 return step
             print(f"note: the checkpoint {self.folder / str(step)} is damaged and not used: {problems[0]}")
         return None
+
+    def damage(self, step: int) -> str:
+        """What is wrong with the files of a checkpoint; "" if all are as they were written."""
+        try:
+            self._verify_checksums(step)
+        except Exception as error:
+            return first_line(error)
+        return ""
 
     def restore(
         self, step: int | None = None, verified: bool = False, **abstract: Any

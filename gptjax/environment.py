@@ -25,6 +25,7 @@ from gptjax.files import read_json, write_atomically
 from gptjax.host import n_cores
 
 FILE = "environment.json"
+PARTS = ("code", "versions", "hardware", "variables")  # of an entry: what surrounds the run
 PACKAGES = (
     "gptjax jax jaxlib flax optax orbax-checkpoint numpy tokenizers jax-cuda12-pjrt jax-cuda13-pjrt nvidia-cudnn-cu12 "
     "nvidia-cudnn-cu13 libtpu"
@@ -54,8 +55,12 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
         return []
     values = read_json(run_dir / FILE)
     try:
-        return [{"step": int(start["step"]), **start} for start in values["starts"]]
-    except (TypeError, KeyError, ValueError) as error:
+        for start in values["starts"]:
+            whole = isinstance(start["step"], int) and isinstance(start["hardware"]["devices"], int)
+            if not (whole and all(isinstance(start[part], dict) for part in ("config", *PARTS))):
+                raise TypeError
+        return list(values["starts"])
+    except (TypeError, KeyError) as error:
         raise UserError(f"{run_dir / FILE} is damaged: remove it, or restore it from a copy") from error
 
 

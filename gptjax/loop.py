@@ -230,7 +230,7 @@ def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, sto
         progress.evaluated_step is not None and progress.evaluated_step < step and options.evaluates(step)
     ):
         finished |= _evaluate(run, state, progress, metrics, stop)  # of a run that was stopped while it evaluated
-    with closing(batches.prefetch(_batch_maker(run), range(step, options.max_steps))) as stream:
+    with closing(batches.prefetch(batch_maker(run), range(step, options.max_steps))) as stream:
         while not (finished or stop.agree()):
             windows = next(stream)
             step += 1
@@ -320,7 +320,7 @@ def validation_loss(
     return float(nats / n_targets)
 
 
-def _batch_maker(run: Run) -> Callable[[int], jax.Array]:
+def batch_maker(run: Run) -> Callable[[int], jax.Array]:
     """The function from a step to its training batch [A, B, W] on the mesh."""
 
     def make(step: int) -> jax.Array:

@@ -33,6 +33,7 @@ FAST = {
     "python -m gptjax.data my_text.txt --tokenizer bpe": "--vocab_size 300",
     "python -m gptjax.evaluate out/shakespeare --text my_text.txt": "",
     "python -m gptjax.export out/shakespeare my-model": "",
+    "python -m gptjax.verify out/shakespeare": "--steps 0:2",
     f"{FIRST} --resume": f"{TINY} {BPE}",
 }
 SLOW = {

@@ -183,11 +183,11 @@ def test_a_changed_text_is_not_resumed_on(data, tmp_path):
 
 
 def test_every_window_is_visited_once_per_epoch(data, run):
-    from gptjax.loop import _batch_maker
+    from gptjax.loop import batch_maker
 
     ordered = with_train(config_with(replace(data, order="epoch")), accumulate=2, batch_size=16)
     n_windows = (len(run.dataset.train) - 1) // 16
-    make = _batch_maker(run._replace(config=fit_to_data(ordered, run.dataset)))
+    make = batch_maker(run._replace(config=fit_to_data(ordered, run.dataset)))
     rows = np.concatenate([np.asarray(make(step)).reshape(16, 17) for step in range(-(-n_windows // 16))])[:n_windows]
     ids = run.dataset.train.window(0, len(run.dataset.train))
     expected = sorted(tuple(ids[start : start + 17]) for start in range(0, 16 * n_windows, 16))
