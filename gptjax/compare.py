@@ -22,6 +22,7 @@ from gptjax.files import write_atomically
 from gptjax.hub.weights import locate, open_weights
 from gptjax.inference.language_model import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Answer, Dtype, LanguageModel, Which
 from gptjax.inference.sampling import Sampling
+from gptjax.page import definitions, page
 from gptjax.run_dir import holds_run
 
 CHAT = "a chat"  # how an instruction model is asked
@@ -82,9 +83,9 @@ def main(argv: Sequence[str]) -> None:
     prompts = arguments.read_prompts()
     pages = [Path(f"{arguments.out}.html"), Path(f"{arguments.out}.md")]
     pages[0].parent.mkdir(parents=True, exist_ok=True)
-    for page in pages:
-        if page.is_dir():
-            raise UserError(f"out={arguments.out}: {page} is a folder; name another file")
+    for path in pages:
+        if path.is_dir():
+            raise UserError(f"out={arguments.out}: {path} is a folder; name another file")
     for name in arguments.models:  # report a mistake in any name before the first model answers
         path = locate(name)
         if not holds_run(path):
@@ -167,23 +168,19 @@ def to_html(columns: Sequence[Column], prompts: Sequence[str], temperatures: Seq
     for prompt in prompts:
         answers = "".join(_answers(prompt, column, temperatures) for column in columns)
         sections += f"<section>\n<h2>{html.escape(prompt)}</h2>\n{row}{answers}</div>\n</section>\n"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>Models side by side</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>Models side by side</h1>\n{row}{''.join(map(_card, columns))}</div>\n{sections}"
+    footer = (
         "<footer>Tokens per second: one answer at a time, with reading the prompt but without compilation. Made by "
-        "gptjax.</footer>\n</body>\n</html>\n"
+        "gptjax.</footer>\n"
     )
+    return page("Models side by side", f"{row}{''.join(map(_card, columns))}</div>\n{sections}{footer}")
 
 
 def _card(column: Column) -> str:
-    rows = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in column.facts.items())
     picture = ""
     if column.picture:
         data = base64.b64encode(column.picture).decode()
         picture = f'<img alt="training and validation loss" src="data:image/png;base64,{data}"/>'
-    return f'<div class="card"><h2>{html.escape(column.name)}</h2><dl>{rows}</dl>{picture}</div>'
+    return f'<div class="card"><h2>{html.escape(column.name)}</h2>{definitions(column.facts)}{picture}</div>'
 
 
 def _answers(prompt: str, column: Column, temperatures: Sequence[float]) -> str:
@@ -201,33 +198,6 @@ def _answers(prompt: str, column: Column, temperatures: Sequence[float]) -> str:
 def _cell(text: str) -> str:
     """Text escaped for Markdown, also in a cell of a table."""
     return text.replace("<", "\\<").replace("|", "\\|")
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --card: #fff; --page: #f6f8fa;
-  --accent: #3b6fb6; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --card: #161b22; --page: #0d1117; --accent: #79b0f2; }
-}
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
-  max-width: 1500px; padding: 2rem 1.5rem; }
-h1 { margin: 0 0 1.2rem; } h2 { margin: 0 0 .6rem; } h3 { margin: 0; color: var(--accent); }
-section { margin-top: 2.5rem; }
-.row { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); gap: 1rem; }
-@media (max-width: 800px) { .row { grid-template-columns: 1fr; } }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.2rem; }
-.card h2 { color: var(--accent); font-size: 1.2rem; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: auto 1fr; gap: .15rem 1rem; margin: 0; }
-dt { color: var(--soft); } dd { margin: 0; font-variant-numeric: tabular-nums; }
-img { width: 100%; margin-top: 1rem; border-radius: 6px; }
-.small { color: var(--soft); font-size: .875rem; margin: .7rem 0 .25rem; } .small b { color: var(--ink); }
-.problem { color: #d1495b; } .prompt { color: var(--soft); }
-pre { font: .875rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
-  padding: .7rem .9rem; background: var(--page); border-radius: 6px; min-height: 2.5rem;
-  max-height: 26rem; overflow: auto; }
-footer { color: var(--soft); font-size: .875rem; margin-top: 2.5rem; }
-"""
 
 
 if __name__ == "__main__":
