@@ -20,8 +20,10 @@ from gptjax.training import init_state
 
 # What a run writes in its folder, and other programs may have there.
 OWN_FILES = (
-    "config.json tokenizer.json environment.json metrics.csv loss.png report.md checkpoints tensorboard"
+    "config.json tokenizer.json environment.json metrics.csv loss.png report.md report.html checkpoints tensorboard"
 ).split()
+
+CheckpointName = Literal["best", "latest"] | int  # of the best validation loss, the newest, or that of a step
 
 
 def new_run_dir(name: str, out_dir: str | None, lock: ExitStack) -> Path:
@@ -97,18 +99,20 @@ def newest_run(name: str | None = None) -> Path:
     return max(runs, key=lambda path: max(p.stat().st_mtime for p in (path / "checkpoints").iterdir()))
 
 
-def load_run(path: Path, which: Literal["best", "latest"]) -> tuple[Config, Any, Tokenizer]:
+def load_run(path: Path, which: CheckpointName) -> tuple[Config, Any, Tokenizer]:
     """The config, parameters (on the default device) and tokenizer of a run; `UserError` if any cannot be read.
 
-    The run may be training: a checkpoint that it replaces meanwhile is read anew.
+    A number takes the checkpoint of that step. The run may be training: a checkpoint that it replaces meanwhile is read
+    anew.
     """
-    before = _steps(path, which)
+    name, step = _checkpoint(path, which)
+    before = _steps(path, name)
     try:
-        config = saved_config(path, which)
+        config = saved_config(path, name, step)
         abstract = with_shardings(one_device(), jax.eval_shape(lambda: init_state(config)).params)
-        trees, meta = Checkpoints(path / "checkpoints" / which, read_only=True).restore(params=abstract)
+        trees, meta = Checkpoints(path / "checkpoints" / name, read_only=True).restore(step, params=abstract)
     except UserError:
-        if _steps(path, which) == before:
+        if _steps(path, name) == before:
             raise
         return load_run(path, which)
     tokenizer = Tokenizer.load(path / "tokenizer.json")
@@ -118,10 +122,18 @@ def load_run(path: Path, which: Literal["best", "latest"]) -> tuple[Config, Any,
     return config, trees["params"], tokenizer
 
 
-def trained_tokens(path: Path, which: Literal["best", "latest"]) -> int:
+def _checkpoint(path: Path, which: CheckpointName) -> tuple[Literal["best", "latest"], int | None]:
+    """The folder of a checkpoint and, of one that is named by its step, the step."""
+    if isinstance(which, str):
+        return which, None
+    return "best" if which in _steps(path, "best") else "latest", which
+
+
+def trained_tokens(path: Path, which: CheckpointName) -> int:
     """The tokens that a run's checkpoint was trained on, those of every epoch counted."""
-    config = saved_config(path, which)
-    step = Checkpoints(path / "checkpoints" / which, read_only=True).step or 0
+    name, step = _checkpoint(path, which)
+    config = saved_config(path, name, step)
+    step = step or Checkpoints(path / "checkpoints" / name, read_only=True).step or 0
     return step * config.train.batch_size * config.model.block_size
 
 

@@ -67,11 +67,12 @@ class LanguageModel:
     folder: Path
 
     @classmethod
-    def load(cls, name: str, which: Which = "best", dtype: Dtype = "auto") -> "LanguageModel":
+    def load(cls, name: str, which: Which | int = "best", dtype: Dtype = "auto") -> "LanguageModel":
         """The model in a run's folder, a Hugging Face folder or nanoGPT's ckpt.pt, or of that name on the hub.
 
-        A run's weights are float32, all others have the `dtype` of activations, as DTYPE_HELP explains it. On a CPU
-        float32 is faster than bfloat16 for a single token. Raises `UserError` for no such model or a damaged one.
+        `which` is a run's checkpoint, or the step of one. A run's weights are float32, all others have the `dtype` of
+        activations, as DTYPE_HELP explains it. On a CPU float32 is faster than bfloat16 for a single token. Raises
+        `UserError` for no such model or a damaged one.
         """
         path, train_tokens = locate(name), None
         folder = path if path.is_dir() else path.parent
