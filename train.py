@@ -80,9 +80,9 @@ class Arguments(Section):
         return path
 
 
-def sample(run_dir: Path) -> str:
-    """A text of the best parameters, for the report."""
-    model = LanguageModel.load(str(run_dir))
+def sample(run_dir: Path, step: int) -> str:
+    """A text of the parameters of this step's checkpoint, for the report."""
+    model = LanguageModel.load(str(run_dir), step)
     *_, [answer] = model.answer([model.tokenizer.prompt()], 400, Sampling(temperature=0.8), seeds=[0])
     return answer.text.strip("\n")
 

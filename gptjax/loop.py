@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import distributed, environment, flops, report
+from gptjax.advice import advice
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig, flat
 from gptjax.data import batches
@@ -22,11 +23,13 @@ from gptjax.distributed import StopSignal
 from gptjax.errors import UserError, first_line
 from gptjax.files import write_atomically
 from gptjax.metrics import Metrics
+from gptjax.report_page import write_page
 from gptjax.resolve import resolve
 from gptjax.run_dir import require_resumable, saved_config
 from gptjax.sharding import batch_sharding, make_mesh, memory, require_memory
 from gptjax.training import Steps, TrainState, compile_steps, state_bytes
 
+MOST_SAMPLES = 5  # in a report, beside that of the best checkpoint
 FIRST_BATCHES = 4  # in the evaluation of random weights, which predict no part of the split better than another
 
 
@@ -69,15 +72,15 @@ def train(
     run_dir: Path,
     resume: bool,
     weights: InitialWeights | None = None,
-    sample: Callable[[Path], str] | None = None,
+    sample: Callable[[Path, int], str] | None = None,
     from_step: int | None = None,
     named: Collection[str] = (),
 ) -> int:
     """Train, evaluate, save and report; return the exit code, 0 or 128 + the signal that stopped the run.
 
-    A new run starts from `weights`, by default random ones. `sample` gives a text from a finished run's folder, for the
-    report. A run resumes from its newest intact checkpoint, or from that of `from_step`; the config may differ from
-    that checkpoint's as `run_dir.require_resumable` says of `named`.
+    A new run starts from `weights`, by default random ones. `sample` gives a text from a finished run's folder and the
+    step of a checkpoint, for the report. A run resumes from its newest intact checkpoint, or from that of `from_step`;
+    the config may differ from that checkpoint's as `run_dir.require_resumable` says of `named`.
 
     Raises:
         UserError: the config does not fit the data, the devices or the run to resume; the loss diverged; a checkpoint
@@ -198,7 +201,7 @@ def _train_and_report(
     progress: Progress,
     peak: float,
     stop: StopSignal,
-    sample: Callable[[Path], str] | None,
+    sample: Callable[[Path, int], str] | None,
 ) -> int:
     """The loop and, if the run was not stopped, its report; the exit code."""
     config, start = run.config, int(state.step)
@@ -398,34 +401,44 @@ def _place(run: Run, step: int) -> str:
     return f"step {step:,} (windows of the training split from tokens {some})"
 
 
-def _report(run: Run, progress: Progress, mfu_per_token_rate: float, sample: Callable[[Path], str] | None) -> None:
-    """Print the report, with a sample where one device holds the parameters with room to spare, and write report.md."""
+def _report(run: Run, progress: Progress, mfu_per_token_rate: float, sample: Callable[[Path, int], str] | None) -> None:
+    """Write report.html and report.md, with samples where one device holds the parameters with room to spare."""
     some, tokenizer = run.dataset.val.window(0, 100_000), run.dataset.tokenizer
     try:
         metrics = report.read_metrics(run.folder / "metrics.csv")
-        rate = float(np.nanmedian(metrics["tokens_per_second"]))
-    except (OSError, KeyError) as error:
+    except OSError as error:
         print(f"note: no report, as metrics.csv cannot be read: {error}")
         return
-    mfu = rate * mfu_per_token_rate
+    mfu = report.median_rate(metrics) * mfu_per_token_rate
     n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.steps.state.params))
-    fits = n_bytes <= memory(run.mesh.local_devices[0]) / 2
-    text = report.run_report(
+    local = run.mesh.local_devices
+    figures = report.Figures(
         metrics,
-        title=run.folder.name,
+        run.config,
         characters_per_token=len(tokenizer.decode(some)) / len(some),
         mfu=None if math.isnan(mfu) else mfu,
-        peak_memory=report.peak_memory_bytes(run.mesh.local_devices),
+        peak_memory=report.peak_memory_bytes(local),
+        memory=sum(map(memory, local)),
         skipped=progress.skipped,
-        sample=_sampled(run, sample) if sample and fits else None,
     )
-    write_atomically(run.folder / "report.md", text)
-    print(f"\n{text}\ncurves: {run.folder / 'loss.png'}\nsample: python sample.py --run {run.folder}")
-
-
-def _sampled(run: Run, sample: Callable[[Path], str]) -> str | None:
+    samples = _samples(run, sample) if sample and n_bytes <= memory(local[0]) / 2 else {}
+    facts, next_steps = report.facts(figures), advice(figures)
     try:
-        return sample(run.folder)
-    except UserError as error:  # a damaged checkpoint costs the report its sample alone
-        print(f"note: no sample in the report: {error}")
-        return None
+        write_page(run.folder, figures, facts, next_steps, samples)
+    except Exception as error:  # nor is any page
+        print(f"note: report.html was not written: {first_line(error)}")
+    text = report.run_report(run.folder.name, facts, next_steps, samples.get(progress.best_step))
+    write_atomically(run.folder / "report.md", text)
+    print(f"\n{text}\npage:   {run.folder / 'report.html'}\nsample: python sample.py --run {run.folder}")
+
+
+def _samples(run: Run, sample: Callable[[Path, int], str]) -> dict[int, str]:
+    """The texts of the best checkpoint and of at most `MOST_SAMPLES` others, spread evenly, by their steps."""
+    kept, texts = run.latest.steps, {}
+    spread = {kept[i] for i in np.linspace(0, len(kept) - 1, min(len(kept), MOST_SAMPLES)).astype(int)}
+    for step in sorted(spread if run.best.step is None else spread | {run.best.step}):
+        try:
+            texts[step] = sample(run.folder, step)
+        except UserError as error:  # a damaged checkpoint costs the report its sample alone
+            print(f"note: no sample of step {step:,} in the report: {error}")
+    return texts

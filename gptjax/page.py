@@ -4,13 +4,13 @@ import html
 from collections.abc import Mapping
 
 
-def page(title: str, body: str) -> str:
-    """A whole page of this body, under its title."""
+def page(title: str, body: str, style: str = "") -> str:
+    """A whole page of this body, under its title; `style` is added to that of all pages."""
     title = html.escape(title)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}</body>\n</html>\n"
     )
 
 
@@ -21,9 +21,10 @@ def definitions(rows: Mapping[str, str]) -> str:
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --card: #fff; --page: #f6f8fa;
-  --accent: #3b6fb6; }
+  --accent: #3b6fb6; --warm: #d1495b; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --card: #161b22; --page: #0d1117; --accent: #79b0f2; }
+  :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --card: #161b22; --page: #0d1117;
+    --accent: #79b0f2; --warm: #f0808d; }
 }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
@@ -38,7 +39,7 @@ dl { display: grid; grid-template-columns: auto 1fr; gap: .15rem 1rem; margin: 0
 dt { color: var(--soft); } dd { margin: 0; font-variant-numeric: tabular-nums; }
 img { width: 100%; margin-top: 1rem; border-radius: 6px; }
 .small { color: var(--soft); font-size: .875rem; margin: .7rem 0 .25rem; } .small b { color: var(--ink); }
-.problem { color: #d1495b; } .prompt { color: var(--soft); }
+.problem { color: var(--warm); } .prompt { color: var(--soft); }
 pre { font: .875rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
   padding: .7rem .9rem; background: var(--page); border-radius: 6px; min-height: 2.5rem;
   max-height: 26rem; overflow: auto; }

@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,28 +15,50 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from gptjax.config import Config
 from gptjax.files import replacing
 from gptjax.host import peak_host_memory
+from gptjax.metrics import COLUMNS
 
 Columns = dict[str, Float[np.ndarray, " R"]]  # a column's name -> its R rows
 
+LARGEST = 5e13  # a step, a count of tokens or a time in seconds that is not below it is damage
 TRAIN, VAL, INK, GRID = "#3b6fb6", "#d1495b", "#3a3a3a", "#e6e6e6"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run has measured.
+
+    `characters_per_token`, of the validation text, makes losses of different tokenizers comparable. `mfu` is a
+    fraction. `peak_memory` and `memory`, that of the devices, are in bytes.
+    """
+
+    metrics: Columns
+    config: Config
+    characters_per_token: float | None = None
+    mfu: float | None = None
+    peak_memory: int | None = None
+    memory: float = math.inf  # unknown, as that of CPUs
+    skipped: int = 0
 
 
 def read_metrics(path: str | Path) -> Columns:
     """The columns of a run's metrics.csv as float64 arrays, nan where nothing was measured.
 
-    An incomplete or damaged line is left out, so the file can be read while the run writes it, and after a crash.
+    They are those of `metrics.COLUMNS`. An incomplete or damaged line is left out, so the file can be read while the
+    run writes it, and after a crash.
     """
     text = Path(path).read_text(encoding="utf-8", errors="replace")
     header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
-    names = header.split(",")
-    rows = []
+    names, rows = header.split(","), []
     for line in lines:
         with contextlib.suppress(ValueError):
-            rows.append([float(cell or "nan") for cell in line.split(",")])
-    table = np.array([row for row in rows if len(row) == len(names)]).reshape(-1, len(names))
-    return {name: table[:, i] for i, name in enumerate(names)}
+            cells = dict(zip(names, [float(cell or "nan") for cell in line.split(",")], strict=True))
+            if all(0 <= cells.get(name, -1) < LARGEST for name in COLUMNS[:3]):
+                rows.append([cells.get(name, math.nan) for name in COLUMNS])
+    table = np.array(rows).reshape(-1, len(COLUMNS))
+    return {name: table[:, i] for i, name in enumerate(COLUMNS)}
 
 
 def overfitting_onset(
@@ -81,11 +104,12 @@ def loss_figure(metrics: Columns, title: str) -> Figure:
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     _draw_losses(axes, metrics)
-    _fit_axes(axes, metrics)
+    axes.set_xlim(step_limits(metrics))
+    axes.set_ylim(loss_limits(metrics))
     tokens_per_step = metrics["tokens"][-1:].sum() / max(metrics["step"][-1:].sum(), 1)
 
     def step_and_tokens(step: float, _: int) -> str:
-        return f"{step:,.0f}\n{_count(step * tokens_per_step)} tokens" if tokens_per_step else f"{step:,.0f}"
+        return f"{step:,.0f}\n{count(step * tokens_per_step)} tokens" if tokens_per_step else f"{step:,.0f}"
 
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(step_and_tokens))
@@ -101,7 +125,7 @@ def loss_figure(metrics: Columns, title: str) -> Figure:
 
 
 def _draw_losses(axes: Axes, metrics: Columns) -> None:
-    (steps, train), (val_steps, val) = _finite(metrics, "train_loss"), _finite(metrics, "val_loss")
+    (steps, train), (val_steps, val) = measured(metrics, "train_loss"), measured(metrics, "val_loss")
     if len(train) >= 50:  # fewer are not smoothed
         axes.plot(steps, train, color=TRAIN, alpha=0.22, linewidth=0.8)
     if len(train):
@@ -119,30 +143,35 @@ def _draw_losses(axes: Axes, metrics: Columns) -> None:
         axes.axvspan(onset, end, color=VAL, alpha=0.08, linewidth=0, label=label)
 
 
-def _fit_axes(axes: Axes, metrics: Columns) -> None:
-    """Fit the axes to the run without its first 5%, whose high losses would flatten the rest."""
-    (train_steps, train), (val_steps, val) = _finite(metrics, "train_loss"), _finite(metrics, "val_loss")
+def loss_limits(metrics: Columns) -> tuple[float, float]:
+    """The lowest and highest loss to draw: those of the run without its first 5%, which would flatten the rest."""
+    (train_steps, train), (val_steps, val) = measured(metrics, "train_loss"), measured(metrics, "val_loss")
     steps, losses = np.concatenate([train_steps, val_steps]), np.concatenate([smooth(train), val])
     if len(losses) == 0:
-        return
+        return 0.0, 1.0
     first, last = metrics["step"][[0, -1]]
     late = losses[steps > first + 0.05 * (last - first)]
     if len(losses) < 20 or len(late) < 2 or np.ptp(losses) < 1.5 * np.ptp(late):
         late = losses
     noise = np.std((train - smooth(train))[len(train) // 20 :]) if len(train) else 0.0
     room = max(0.06 * np.ptp(late), 2.5 * noise) or 0.1
-    axes.set_ylim(late.min() - room, late.max() + room)
+    return float(late.min() - room), float(late.max() + room)
+
+
+def step_limits(metrics: Columns) -> tuple[float, float]:
+    """The first and last step, with a margin."""
+    first, last = metrics["step"][[0, -1]] if len(metrics["step"]) else (0.0, 0.0)
     margin = 0.015 * (last - first) or 1
-    axes.set_xlim(first - margin, last + margin)
+    return float(first - margin), float(last + margin)
 
 
-def _finite(metrics: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
+def measured(metrics: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
     """The steps at which a metric was measured and is finite, and its values there."""
     measured = np.isfinite(metrics[name])
     return metrics["step"][measured], metrics[name][measured]
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
     """Three digits and the English letter: 983k, 33.6M, 2.5B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * size:
@@ -150,46 +179,62 @@ def _count(number: float) -> str:
     return f"{number:.3g}"
 
 
-def run_report(
-    metrics: Columns,
-    *,
-    title: str,
-    characters_per_token: float | None = None,
-    mfu: float | None = None,
-    peak_memory: int | None = None,
-    skipped: int = 0,
-    sample: str | None = None,
-) -> str:
-    """A summary of a finished run in Markdown that is also readable in a terminal.
+def stepping_share(metrics: Columns) -> float:
+    """The fraction of a run's time that its training steps took, without evaluations and saves; nan if unknown."""
+    if len(metrics["seconds"]) == 0 or metrics["seconds"][-1] <= 0:
+        return math.nan
+    tokens, rates = np.diff(metrics["tokens"], prepend=0), metrics["tokens_per_second"]
+    stepping = np.sum(tokens[rates > 0] / rates[rates > 0])
+    return float(min(stepping / metrics["seconds"][-1], 1.0))
 
-    `characters_per_token`, of the validation text, makes losses of different tokenizers comparable. `mfu` is a
-    fraction and `peak_memory` is in bytes. The final training loss is the smoothed one.
+
+def median_rate(metrics: Columns) -> float:
+    """The median of a run's tokens per second; nan if it is unknown."""
+    _, rates = measured(metrics, "tokens_per_second")
+    return float(np.median(rates)) if len(rates) else math.nan
+
+
+def facts(run: Figures) -> dict[str, str]:
+    """The figures of a finished run as texts, by name, without those that are not known.
+
+    The final training loss is the smoothed one.
     """
-    last = {name: values[-1] if len(values) else 0.0 for name, values in metrics.items()}
-    rates = metrics["tokens_per_second"][np.isfinite(metrics["tokens_per_second"])]
+    last = {name: values[-1] if len(values) else 0.0 for name, values in run.metrics.items()}
+    rate, share, memory = median_rate(run.metrics), stepping_share(run.metrics), ""
+    if run.peak_memory is not None:
+        of = f" of {run.memory / 2**30:.0f} GiB" if math.isfinite(run.memory) else ""
+        memory = f"{run.peak_memory / 2**30:.2f} GiB{of}"
     rows = {
         "steps": f"{last['step']:,.0f}",
-        "tokens": _count(last["tokens"]),
+        "tokens": count(last["tokens"]),
         "time": str(timedelta(seconds=round(last["seconds"]))),
-        "tokens/s (median)": f"{np.median(rates):,.0f}" if len(rates) else "-",
-        "model FLOPs utilization": f"{mfu:.1%}" if mfu is not None else "",
-        "peak memory": f"{peak_memory / 2**30:.2f} GiB" if peak_memory is not None else "",
-        "skipped updates": f"{skipped:,} (loss or gradient not finite)" if skipped else "",
-        **_loss_rows(metrics, characters_per_token),
+        "of it in training steps": "" if math.isnan(share) else f"{share:.0%}",
+        "tokens/s (median)": "-" if math.isnan(rate) else f"{rate:,.0f}",
+        "model FLOPs utilization": f"{run.mfu:.1%}" if run.mfu is not None else "",
+        "peak memory": memory,
+        "skipped updates": f"{run.skipped:,} (loss or gradient not finite)" if run.skipped else "0",
+        **_loss_rows(run.metrics, run.characters_per_token),
     }
-    cells = [("", ""), *[row for row in rows.items() if row[1]]]
+    return {name: value for name, value in rows.items() if value}
+
+
+def run_report(title: str, facts: dict[str, str], advice: Sequence[str] = (), sample: str | None = None) -> str:
+    """A summary of a finished run in Markdown that is also readable in a terminal."""
+    cells = [("", ""), *facts.items()]
     width, value_width = (max(map(len, column)) for column in zip(*cells, strict=True))
     table = [f"| {name:{width}} | {value:{value_width}} |" for name, value in cells]
     table.insert(1, f"|{'-' * (width + 2)}|{'-' * (value_width + 2)}|")
-    parts = [f"# {title}", "\n".join(table), _verdict(metrics)]
+    parts = [f"# {title}", "\n".join(table)]
+    if advice:
+        parts += ["## What to do next", "\n".join(f"- {each}" for each in advice)]
     if sample is not None:
         fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", sample))])
         parts += ["## Sample", f"{fence}text\n{sample.rstrip()}\n{fence}"]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _loss_rows(metrics: Columns, characters_per_token: float | None) -> dict[str, str]:
-    (_, train), (steps, val) = _finite(metrics, "train_loss"), _finite(metrics, "val_loss")
+    (_, train), (steps, val) = measured(metrics, "train_loss"), measured(metrics, "val_loss")
     rows = {"final training loss": f"{smooth(train)[-1]:.4f}"} if len(train) else {}
     if len(val) == 0:
         return rows
@@ -200,20 +245,6 @@ def _loss_rows(metrics: Columns, characters_per_token: float | None) -> dict[str
         nats = val[best] / characters_per_token
         rows["bits per character there"] = f"{nats / math.log(2):.4f} ({nats:.4f} nats)"
     return rows
-
-
-def _verdict(metrics: Columns) -> str:
-    steps, val = _finite(metrics, "val_loss")
-    onset = overfitting_onset(steps, val)
-    if onset is not None:
-        rise = val[-1] / val.min() - 1
-        return (
-            f"Overfitting: validation loss was best at step {onset:,} and has risen {rise:.1%} since. "
-            "The checkpoint of the best step is the one to use; more data, more dropout or a smaller model would help."
-        )
-    if len(val) >= 2 and val[-1] == val.min():
-        return "Validation loss was lowest at the very end: a longer run may do better."
-    return ""
 
 
 def peak_memory_bytes(devices: Sequence[jax.Device]) -> int:

@@ -1,17 +1,24 @@
 """The plot and the report of a run, whatever the run leaves behind."""
 
 import gc
+import json
 import math
 import sys
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
 import pytest
 
+from gptjax.advice import advice
+from gptjax.config import Config, MeshConfig
 from gptjax.report import (
+    Figures,
+    facts,
     loss_figure,
     overfitting_onset,
     peak_memory_bytes,
@@ -20,6 +27,7 @@ from gptjax.report import (
     run_report,
     smooth,
 )
+from gptjax.report_page import write_page
 
 COLUMNS = "step,tokens,seconds,train_loss,val_loss,learning_rate,grad_norm,tokens_per_second"
 U_SHAPE = [1.5 + 0.02 * (i - 4) ** 2 for i in range(11)]  # its minimum is 1.5
@@ -135,26 +143,116 @@ def test_high_losses_of_the_first_steps_do_not_flatten_the_rest(write):
 
 
 def test_the_report_has_the_figures_of_the_run(overfitted):
-    more = {"characters_per_token": 2.0, "mfu": 0.413, "peak_memory": 3 * 2**29, "sample": "```python\npass\n```\n"}
-    text = run_report(overfitted, title="shakespeare", **more)
+    run = Figures(overfitted, Config(), characters_per_token=2.0, mfu=0.413, peak_memory=3 * 2**29, memory=2.0**33)
+    text = run_report("shakespeare", facts(run), advice(run), "```python\npass\n```\n")
     rows = dict([cell.strip() for cell in line.split("|")[1:3]] for line in text.splitlines() if line[:1] == "|")
     assert text.startswith("# shakespeare\n")
     assert rows["steps"] == "1,000" and rows["tokens"] == "100k" and rows["time"] == "0:08:20"
-    assert rows["tokens/s (median)"] == "200"
-    assert rows["model FLOPs utilization"] == "41.3%" and rows["peak memory"] == "1.50 GiB"
+    assert rows["tokens/s (median)"] == "200" and rows["of it in training steps"] == "100%"
+    assert rows["model FLOPs utilization"] == "41.3%" and rows["peak memory"] == "1.50 GiB of 8 GiB"
     assert rows["final training loss"] == "1.2500" and rows["best validation loss"] == "1.5000 at step 400"
     assert rows["perplexity there"] == "4.48"  # e^1.5
     assert rows["bits per character there"] == "1.0820 (0.7500 nats)"  # 1.5 / ln 2 / 2
-    assert "best at step 400 and has risen 48.0% since" in text
+    assert "- Overfitting: validation loss was best at step 400 and has risen 48.0% since" in text
     assert text.endswith("````text\n```python\npass\n```\n````\n"), "a fence is longer than those inside"
 
 
-def test_the_report_leaves_out_what_is_not_known(write):
-    text = run_report(read_metrics(write([(0, 4, 4), (10, 3, 3)])), title="a run")
-    assert "a longer run may do better" in text and "Overfitting" not in text
-    assert "Sample" not in text and "bits" not in text and "utilization" not in text
-    text = run_report(read_metrics(write([])), title="a run without a step")
-    assert "nan" not in text and "validation" not in text
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "junk\n\0,1\n",
+        COLUMNS + "\n",
+        COLUMNS + "\n1e300,inf,1e300,1,1,1,1,1\n-1,nan,,,,,,\n",
+        COLUMNS + "\n9,9,9,1e308,-1e308,inf,nan,0\n5,5,5,-1e308,1e308,1e-320,1e308,1e-320\n",
+        "step,val_loss,tokens,seconds\n5,2.0,50,1\n",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_damaged_table_still_has_a_report(text, tmp_path):
+    (tmp_path / "metrics.csv").write_text(text)
+    run = Figures(read_metrics(tmp_path / "metrics.csv"), Config())
+    write_page(tmp_path, run, facts(run), advice(run), {})
+    page, _ = page_of(tmp_path)
+    assert "bits" not in run_report("a run", facts(run)) and "Samples" not in page
+    assert ("<figure" in page) == bool(len(run.metrics["step"])), "no chart is empty"
+
+
+RISING = {"train_loss": [1.0] * 60 + [9.0] * 2 + [1.0] * 38}
+UNEVEN = {"tokens_per_second": [200] * 80 + [100] * 20}
+CAUSES = {"mfu": 0.1, "memory": 100.0, "peak_memory": 20}
+WIDE = replace(Config().model, n_embd=768, block_size=1024, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("columns", "figures", "words"),
+    [
+        ({}, {}, []),
+        ({}, {"skipped": 2}, ["2 updates with", "learning_rate (now 0.001)", "warm up over more than 100 steps"]),
+        (RISING, {}, ["training loss jumped at step 600"]),
+        ({"val_loss": [3 - i / 100 for i in range(100)]}, {}, ["lowest at the very end, 2.0100"]),
+        ({"learning_rate": [1e-3] * 70 + [1e-4] * 30}, {}, ["at its minimum, 0.0001, for the last 30%"]),
+        ({"grad_norm": [0.5] * 40 + [1.5] * 60}, {}, ["grad_clip=1 at 67%", "grad_clip to about 3"]),
+        ({"seconds": [20.0 * i for i in range(100)]}, {}, ["75% of the time", "100 evaluations of the whole split"]),
+        (UNEVEN, {}, ["below 100 tokens/s, and the median is 200"]),
+        ({}, {"mfu": 0.1}, ["utilization is low, 10.0%: its matrices are only 384 wide (model.n_embd). python"]),
+        ({}, CAUSES, ["384 wide", "only 768 tokens at a time", "20% of the devices' memory"]),
+        ({}, {"mfu": 0.1, "config": Config(model=WIDE)}, ["the run's figures do not show why"]),
+    ],
+)
+def test_advice_follows_from_the_figures_alone(columns, figures, words):
+    """The first of these runs, which has none, is steady, even, and best before its end; each other differs once."""
+    steps = 10.0 * np.arange(100)
+    metrics = {"step": steps, "tokens": 100 * steps, "seconds": steps / 2}
+    steady = {"train_loss": 1.0, "val_loss": 1.0, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens_per_second": 200.0}
+    metrics |= {name: np.full(100, value) for name, value in steady.items()}
+    metrics["val_loss"][-1] = 1.001
+    metrics |= {name: np.array(values, float) for name, values in columns.items()}
+    config = Config(mesh=MeshConfig(data=4, fsdp=1), train=replace(Config().train, batch_size=12))
+    texts = advice(Figures(metrics, **{"config": config} | figures))
+    assert len(texts) == bool(words) and all(word in texts[0] for word in words)
+
+
+def page_of(folder):
+    """The text of a run's page, and the page as a tree."""
+    text = (folder / "report.html").read_text()
+    return text, ElementTree.fromstring(text)
+
+
+def test_the_page_has_all_sections_and_needs_nothing_else(overfitted, tmp_path):
+    folder = tmp_path / "<b>&'\""
+    folder.mkdir()
+    entry = {
+        "step": 400,
+        "time": "today",
+        "versions": {"jax": "<i>"},
+        "code": {"diff": "+ <u>\n"},
+        "config": {"secret": 1},
+    }
+    (folder / "environment.json").write_text(json.dumps({"starts": [{}, "?", entry]}))
+    run = Figures(overfitted, Config(), skipped=3)
+    write_page(folder, run, facts(run), advice(run), {400: "early <script>", 1000: "late"})
+    text, tree = page_of(folder)
+    words = "".join(tree.itertext())
+    for shown in (
+        "skipped updates3",
+        "best: 1.5000 at step 400",
+        "overfitting from step 400",
+        "Learning rate",
+        "<b>&'",
+        "Gradient norm",
+        "Tokens per second",
+        "step 400validation loss 1.5000early <script>",
+        "+ <u>",
+        "From step 400",
+    ):
+        assert shown in words
+    assert "secret" not in words and words.index("step 400validation") < words.index("step 1,000validation")
+    tags, values = {each.tag for each in tree.iter()}, [value for each in tree.iter() for value in each.attrib.values()]
+    assert not tags & {"script", "link", "img", "iframe", "object", "b", "i", "u"}
+    assert not any(
+        word in value for value in [*values, tree.find(".//style").text] for word in ("//", "url(", "@import")
+    )
 
 
 @pytest.mark.parametrize(("platform", "size"), [("linux", 5 * 1024), ("darwin", 5)])

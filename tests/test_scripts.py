@@ -86,9 +86,12 @@ def test_a_run_prints_its_progress_and_leaves_everything_in_its_folder(trained, 
         "metrics.csv",
         "loss.png",
         "report.md",
+        "report.html",
         "tensorboard",
     }
     assert {path.name for path in (folder / "out" / "default").iterdir()} == names
+    kept, page = (folder / "out" / "default").glob("checkpoints/*/*"), folder / "out" / "default" / "report.html"
+    assert all(f"<h3>step {step.name}</h3>" in page.read_text() for step in kept), "a sample of each checkpoint"
     table = rows(folder / "out" / "default")
     assert [int(row["step"]) for row in table] == list(range(25))
     validation = [float(row["val_loss"]) for row in table if row["val_loss"]]
