@@ -64,7 +64,6 @@ def cache_compiled_programs() -> None:
     if not named:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    with contextlib.suppress(ImportError):  # a later JAX without this private module keeps its own cache
-        from jax._src import compilation_cache
+    from jax._src import compilation_cache  # the only way to replace it
 
-        vars(compilation_cache)["get_file_cache"] = lambda _: (ProgramCache(folder), str(folder))
+    vars(compilation_cache)["get_file_cache"] = lambda _: (ProgramCache(folder), str(folder))

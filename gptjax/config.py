@@ -329,8 +329,9 @@ class Config(Section):
 
     init_from: str | None = option(
         None,
-        "weights to start from: a Hugging Face folder, the name of a model on its hub, a run's folder or nanoGPT's "
-        "ckpt.pt; model fields then come from there, but for block_size (which may be less), dropout, dtype and lora_*",
+        "weights to start from: a Hugging Face folder, the name of a model on its hub, a GGUF file, a run's folder or "
+        "nanoGPT's ckpt.pt; model fields then come from there, but for block_size (which may be less), dropout, dtype "
+        "and lora_*",
     )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

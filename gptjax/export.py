@@ -1,4 +1,4 @@
-"""Write a Hugging Face folder that transformers loads: python -m gptjax.export out/shakespeare my-model"""
+"""Write a folder for transformers or a file for llama.cpp: python -m gptjax.export out/shakespeare my-model[.gguf]"""
 
 import json
 import secrets
@@ -14,6 +14,8 @@ from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.hub.export import export
 from gptjax.hub.families import family_of
+from gptjax.hub.gguf_export import GgufType, export_gguf
+from gptjax.hub.gguf_tokenizer import tokenizer_fields
 from gptjax.hub.weights import copy_side_files
 from gptjax.inference.language_model import MODEL_HELP, LanguageModel
 from gptjax.tokenizer import END_OF_TEXT
@@ -22,17 +24,29 @@ from gptjax.tokenizer import END_OF_TEXT
 @dataclass(frozen=True)
 class Arguments(Section):
     source: str = argument(MODEL_HELP)
-    folder: str = argument("the folder to write: a new or an empty one")
+    folder: str = argument("what to write: a folder that is new or empty, or a new FILE.gguf")
     checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "dtype of the written weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "dtype of the weights in a folder")
+    type: GgufType = option(
+        "f32", "type of the matrices in a .gguf file; q4_0: with embedding and head in q8_0, rows of odd lengths in f16"
+    )
+
+    def validate(self) -> None:
+        to_file = self.folder.endswith(".gguf")
+        self.require(to_file or self.type == "f32", "type", "is for a .gguf file; pass --dtype for a folder")
+        self.require(not to_file or self.dtype == "float32", "dtype", "is for a folder; pass --type for a .gguf file")
 
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments("python -m gptjax.export", __doc__, argv, Arguments())
     folder = Path(arguments.folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    to_file = folder.suffix == ".gguf"
+    if folder.exists() and (to_file or not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: name a folder that is not")
     model = LanguageModel.load(arguments.source, arguments.checkpoint, "float32")
+    if to_file:
+        _write_gguf(folder, model, arguments.type)
+        return
     family = family_of(model.config)
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
@@ -45,6 +59,14 @@ def main(argv: Sequence[str]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {folder}: {family}, {model.n_params:,} parameters in {arguments.dtype}")
+
+
+def _write_gguf(path: Path, model: LanguageModel, kind: GgufType) -> None:
+    tokens = (model.tokenizer, model.config.vocab_size, model.special_tokens, model.stop_tokens)
+    template = {"tokenizer.chat_template": model.template} if model.template else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    export_gguf(path, model.config, model.params, kind, tokenizer_fields(*tokens) | template)
+    print(f"wrote {path}: {model.n_params:,} parameters in {kind}, {path.stat().st_size / 2**20:.1f} MiB")
 
 
 def _write_side_files(folder: Path, model: LanguageModel) -> None:

@@ -48,6 +48,7 @@ SLOW = {
         f"{STEPS} --model.block_size 16"
     ),
     "python -m gptjax.export out/shakespeare my-model --dtype bfloat16": "",
+    "python -m gptjax.export out/shakespeare my-model.gguf --type q8_0": "",
     "python train.py --config configs/speedrun.py": TINY,
     "python train.py --config configs/speedrun_long.py": f"{TINY} {BPE}",
     "python -m benchmarks.ablations tinyshakespeare.txt": "--rows 0 --steps 2",
@@ -55,6 +56,7 @@ SLOW = {
 
 NETWORK = "needs a network"
 CLOUD = "needs Google Cloud"
+PROGRAM = "is another program's"
 CLUSTER = "needs a cluster"
 COMPILERS = "needs the compilers of the plan extra"
 TORCH_COMPILE = "needs the C++ compiler of torch.compile, and minutes"
@@ -65,6 +67,11 @@ EXCEPTIONS = {
     "python sample.py --run Qwen/...": NETWORK,
     "python sample.py --run openai-community/...": NETWORK,
     "python -m gptjax.compare out/shakespeare openai-community/gpt2 Qwen/Qwen2.5-0.5B-Instruct": NETWORK,
+    "llama-completion ...": PROGRAM,
+    "llama-server ...": PROGRAM,
+    "ollama ...": PROGRAM,
+    "vllm ...": PROGRAM,
+    "mlx_lm.generate ...": PROGRAM,
     "python -m gptjax.evaluate openai-community/gpt2 ...": NETWORK,
     "python train.py --init_from openai-community/gpt2 ...": NETWORK,
     "python train.py --init_from Qwen/...": NETWORK,

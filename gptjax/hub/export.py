@@ -40,7 +40,7 @@ def export(folder: Path, config: ModelConfig, params: Any, dtype: str, shard_byt
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file_name = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        arrays = {name: _rounded(name, _gather(tensor, leaves), dtype) for name, tensor in shard.items()}
+        arrays = {name: rounded(name, gather(tensor, leaves), dtype) for name, tensor in shard.items()}
         safetensors.numpy.save_file(arrays, folder / file_name, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file_name)
     if len(shards) > 1:
@@ -48,18 +48,22 @@ def export(folder: Path, config: ModelConfig, params: Any, dtype: str, shard_byt
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+def rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
     """The tensor in the dtype of the file. Raises `UserError` where a weight is not a finite number there."""
     with np.errstate(over="ignore"):
         rounded = tensor.astype(jnp.dtype(dtype))
     if not np.isfinite(rounded).all():
         worst = tensor[~np.isfinite(rounded)][0]
-        fix = f"which {dtype} cannot hold: pass another --dtype" if np.isfinite(worst) else "so the model is damaged"
+        fix = (
+            f"which {dtype} cannot hold: pass another --dtype (or --type)"
+            if np.isfinite(worst)
+            else "so the model is damaged"
+        )
         raise UserError(f"{name} has a weight of {worst:g}, {fix}")
     return rounded
 
 
-def _gather(tensor: Tensor, leaves: Mapping[str, jax.Array]) -> np.ndarray:
+def gather(tensor: Tensor, leaves: Mapping[str, jax.Array]) -> np.ndarray:
     """A checkpoint's tensor from the parameters that it holds; those that the model does not have are zeros."""
     pieces = []
     for path, layer, shape, transposed in tensor.places:

@@ -113,7 +113,11 @@ def draw_params(config: ModelConfig, seed: int) -> Any:
 
 def read_config(path: Path) -> tuple[Family, ModelConfig]:
     """Family and ModelConfig of a config.json of transformers 4 or 5. Raises `UserError` for what is not supported."""
-    values = read_json(path)
+    return parse_config(read_json(path), path)
+
+
+def parse_config(values: dict[str, Any], path: Path) -> tuple[Family, ModelConfig]:
+    """As `read_config`, of the values of a config.json; `path` names the file in errors."""
     family = values.get("model_type")
     try:
         if family in ("gpt2", "llama", "qwen2"):

@@ -10,6 +10,7 @@ from gptjax.data.prepare import Dataset
 from gptjax.errors import UserError
 from gptjax.hub.weights import (
     copy_side_files,
+    folder_of,
     load_params,
     locate,
     merge_lora,
@@ -56,7 +57,7 @@ class PretrainedWeights:
 
 
 def open_pretrained(name: str) -> PretrainedWeights:
-    """The weights in a Hugging Face folder, of a model's name on the hub, in a run's folder or in nanoGPT's ckpt.pt.
+    """The weights in a Hugging Face folder, of a model's name on the hub, in a run's folder, a GGUF file or a ckpt.pt.
 
     A run's are those of its best checkpoint, with LoRA's updates merged. Raises `UserError` if it is none of these, or
     damaged.
@@ -67,7 +68,7 @@ def open_pretrained(name: str) -> PretrainedWeights:
         model, params = merge_lora(run.model, params)
         return PretrainedWeights(model, str(path / "tokenizer.json"), path, lambda *args: reuse_params(params, *args))
     weights = open_weights(path)
-    folder, tokenizer = path if path.is_dir() else path.parent, tokenizer_of(path, weights.config)
+    folder, tokenizer = folder_of(path), tokenizer_of(path, weights.config)
     return PretrainedWeights(weights.config, tokenizer, folder, lambda *args: load_params(weights, *args))
 
 

@@ -1,6 +1,6 @@
-"""Weights in: Hugging Face folders of GPT-2, Llama and Qwen2.5, and nanoGPT's ckpt.pt, read into sharded parameters.
+"""Weights in: Hugging Face folders or GGUF files of GPT-2, Llama and Qwen2.5, and nanoGPT's ckpt.pt.
 
-No code from a file is run: only safetensors are read, and ckpt.pt through PyTorch's weights-only loader.
+No code from a file is run: only safetensors and GGUF are read, and ckpt.pt through PyTorch's weights-only loader.
 """
 
 import json
@@ -25,6 +25,7 @@ from gptjax.errors import UserError
 from gptjax.files import read_json
 from gptjax.host import peak_host_memory
 from gptjax.hub.families import Family, by_path, draw_params, expected_tensors, is_redundant, read_config, within_limits
+from gptjax.hub.gguf import is_gguf, open_gguf, side_folder
 
 # Files beside the weights and tokenizer.json of a Hugging Face folder. A run that starts from the folder copies them.
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -50,11 +51,11 @@ def locate(name: str) -> Path:
 
     Raises `UserError` if there is no such path, and no such model or no network.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"{name!r} does not exist: pass a run's folder, a Hugging Face folder or a model's name there")
+    if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise UserError(f"{name!r} does not exist: pass a folder, a file or a model's name on the hub")
     try:
         from huggingface_hub import snapshot_download
 
@@ -65,12 +66,15 @@ def locate(name: str) -> Path:
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a Hugging Face folder or nanoGPT's ckpt.pt, and check its config and every tensor's name and shape.
+    """Open a Hugging Face folder, a GGUF file or a ckpt.pt; check its config and every tensor's name and shape.
 
     Raises `UserError` if it is neither, if its family or a feature is not supported, if a file is missing or damaged,
     or if a tensor is missing, unexpected or of another shape than the config says.
     """
-    weights = _settle_head(_open_folder(path) if path.is_dir() else _open_nanogpt(path))
+    if is_gguf(path):
+        weights = Weights(path, *open_gguf(path))
+    else:
+        weights = _settle_head(_open_folder(path) if path.is_dir() else _open_nanogpt(path))
     found, expected = weights.shapes, expected_tensors(weights.config, weights.family)
     for name, spec in expected.items():
         if name not in found:
@@ -118,14 +122,19 @@ def reuse_params(params: Any, config: ModelConfig, abstract: Any, seed: int = 0)
     return _with_lora(filled, config, abstract, seed)
 
 
+def folder_of(path: Path) -> Path:
+    """The folder of the SIDE_FILES of a folder, a GGUF file or a ckpt.pt."""
+    return path if path.is_dir() else side_folder(path) if is_gguf(path) else path.parent
+
+
 def tokenizer_of(path: Path, config: ModelConfig) -> str:
-    """The tokenizer of a folder or a ckpt.pt, as data.tokenizer names it.
+    """The tokenizer of a folder, a GGUF file or a ckpt.pt, as data.tokenizer names it.
 
     Raises `UserError` if a ckpt.pt has no tokenizer beside it and not GPT-2's vocabulary.
     """
     beside = ("tokenizer.json", "vocab.json", "encoder.json")
-    if path.is_dir() or any((path.parent / name).exists() for name in beside):
-        folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
+    if path.is_dir() or any((folder / name).exists() for name in beside):
         return str(folder) if folder.name != str(folder) else f"./{folder}"  # a bare name could be the keyword gpt2
     if config.vocab_size in (50257, 50304):  # nanoGPT pads to the latter
         return "gpt2"

@@ -16,7 +16,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.files import read_json
 from gptjax.hub.families import draw_params
-from gptjax.hub.weights import load_params, locate, merge_lora, open_weights, stop_ids, tokenizer_of
+from gptjax.hub.weights import folder_of, load_params, locate, merge_lora, open_weights, stop_ids, tokenizer_of
 from gptjax.inference import chat_template as chat
 from gptjax.inference.chat_tokens import encode_chat
 from gptjax.inference.decoder import hidden, lay_out, logits
@@ -32,7 +32,9 @@ from gptjax.tokenizer import TextStream, Tokenizer
 Dtype = Literal["auto", "float32", "bfloat16", "int8"]
 Which = Literal["best", "latest"]
 # The help texts of the commands that load a model.
-MODEL_HELP = "a run's folder, a Hugging Face folder, a model's name on the Hugging Face hub, or nanoGPT's ckpt.pt"
+MODEL_HELP = (
+    "a run's folder, a Hugging Face folder, a model's name on the Hugging Face hub, a GGUF file, or nanoGPT's ckpt.pt"
+)
 CHECKPOINT_HELP = "of a run: the checkpoint with the best validation loss, or the latest"
 DTYPE_HELP = (
     "of activations, and of weights that are not from a run; int8: weights in int8, activations as with auto; "
@@ -68,14 +70,14 @@ class LanguageModel:
 
     @classmethod
     def load(cls, name: str, which: Which | int = "best", dtype: Dtype = "auto") -> "LanguageModel":
-        """The model in a run's folder, a Hugging Face folder or nanoGPT's ckpt.pt, or of that name on the hub.
+        """The model in a run's folder, a Hugging Face folder, a GGUF file or nanoGPT's ckpt.pt, or of that name.
 
         `which` is a run's checkpoint, or the step of one. A run's weights are float32, all others have the `dtype` of
         activations, as DTYPE_HELP explains it. On a CPU float32 is faster than bfloat16 for a single token. Raises
         `UserError` for no such model or a damaged one.
         """
         path, train_tokens = locate(name), None
-        folder = path if path.is_dir() else path.parent
+        folder = folder_of(path)
         if holds_run(path):
             run, params, tokenizer = load_run(path, which)
             config, train_tokens = _with_dtype(run.model, dtype), None if run.init_from else trained_tokens(path, which)
@@ -87,7 +89,7 @@ class LanguageModel:
         defaults = _read_rules(folder / "generation_config.json")
         stops = [*stop_ids(folder), tokenizer.token_id(special.get("eos_token", "")), tokenizer.end_of_text]
         stop_tokens = frozenset(token for token in stops if token is not None)
-        shown = path.resolve().name if Path(name).exists() else name  # the hub's folders are checksums
+        shown = path.resolve().name if Path(name).expanduser().exists() else name  # the hub's folders are checksums
         return cls(shown, config, params, tokenizer, template, special, stop_tokens, defaults, train_tokens, folder)
 
     def for_sampling(self) -> "LanguageModel":
@@ -224,7 +226,7 @@ class AnswerBuilder:
 
 
 def _load_weights(path: Path, dtype: Dtype) -> tuple[ModelConfig, Any, Tokenizer]:
-    """Config, parameters and tokenizer of a Hugging Face folder or nanoGPT's ckpt.pt."""
+    """Config, parameters and tokenizer of a Hugging Face folder, a GGUF file or nanoGPT's ckpt.pt."""
     weights = open_weights(path)
     config = _with_dtype(weights.config, dtype)
     tokenizer = Tokenizer.from_name_or_path(tokenizer_of(path, config))
