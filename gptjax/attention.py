@@ -63,6 +63,7 @@ def cached_attention(
     return jnp.moveaxis(y_JQH.reshape(B, N, T, H), 1, 2)
 
 
+@jax.named_scope("kernel")
 def sequence_attention(
     kind: str,
     q_BTNH: Float[Array, "B T N H"],

@@ -47,6 +47,7 @@ def _forward(x_BTD: Any, head_VD: Any, targets_BT: Any, vocab_size: int, n_piece
     return nats, gradients
 
 
+@jax.named_scope("loss")
 def _backward(vocab_size: int, n_pieces: int, logit_cap: float, gradients: Any, scale: jax.Array) -> Any:
     dx_BTD, dhead_VD = gradients
     return (dx_BTD * scale).astype(dx_BTD.dtype), (dhead_VD * scale).astype(dx_BTD.dtype), None
@@ -55,6 +56,7 @@ def _backward(vocab_size: int, n_pieces: int, logit_cap: float, gradients: Any, 
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
+@jax.named_scope("loss")
 def _on_mesh(
     x_BTD: Any, head_VD: Any, targets_BT: Any, vocab_size: int, n_pieces: int, logit_cap: float, with_gradient: bool
 ) -> Any:

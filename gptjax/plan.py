@@ -26,6 +26,7 @@ class Arguments(Section):
     mesh: str | None = option(None, "data x fsdp x tensor, as 1x16x1; none: the mesh fields below")
     price: float | None = option(None, "dollars per chip-hour")
     search: bool = option(False, "try micro-batches, remat and meshes, and recommend the fastest that fits")
+    breakdown: bool = option(False, "list memory traffic and instructions by part of the model, and the largest")
     json: bool = option(False, "print one JSON object only")
 
     def validate(self) -> None:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json:
         print(json.dumps(to_json(plan, arguments.price)))
     else:
-        print(to_text(plan, arguments.config or "the default config", arguments.price))
+        print(to_text(plan, arguments.config or "the default config", arguments.price, arguments.breakdown))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,14 @@ class Collective(NamedTuple):
     times: int
 
 
+class Part(NamedTuple):
+    """A group of a program's instructions: the bytes of HBM that they read and write in a step, and how many run."""
+
+    name: str
+    nbytes: float
+    times: int
+
+
 class _Instruction(NamedTuple):
     name: str
     shape: str
@@ -93,6 +101,16 @@ _VIEWS = ("bitcast", "reshape", "get-tuple-element")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand has the values that they write in place
 
+# The parts of a model, by JAX's name stack; what is outside of the gradient belongs to the optimizer.
+_PARTS = {
+    "optimizer": r"^(?!.*(jvp|transpose)\().",
+    "loss": r"\bloss\b",
+    "attention": "/attention/",
+    "mlp": "/mlp/",
+    "norms": "norm",
+    "embedding": "embed",
+}
+
 
 def shape_bytes(shape: str, hbm_only: bool = False) -> float:
     """Bytes of a shape or tuple of shapes in HLO's notation; `hbm_only` leaves out arrays in on-chip memory, "S(1)"."""
@@ -112,11 +130,11 @@ def _array_bytes(shape: str, hbm_only: bool = False) -> list[float]:
 class Program:
     """A compiled program, parsed from its HLO text (`compiled.as_text()`).
 
-    The bodies of loops whose scope matches the pattern `excluded_loops` do not count.
+    Instructions and loops whose scope matches the pattern `excluded` do not count.
     """
 
-    def __init__(self, text: str, n_devices: int, excluded_loops: str = "$^") -> None:
-        self.n_devices, self.excluded_loops = n_devices, excluded_loops
+    def __init__(self, text: str, n_devices: int, excluded: str = "(?!)") -> None:
+        self.n_devices, self.excluded = n_devices, excluded
         self.computations: dict[str, _Computation] = {}
         for line in text.splitlines():
             if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -138,7 +156,7 @@ class Program:
         def visit(name: str, times: int) -> None:
             counts[name] = counts.get(name, 0) + times
             for instruction in self.computations[name].values():
-                if instruction.op == "while" and not re.search(self.excluded_loops, instruction.scope):
+                if instruction.op == "while" and not self._is_excluded(instruction):
                     for body in instruction.called("body"):
                         visit(body, times * self._trip_count(instruction))
                 elif instruction.op in ("call", "conditional", "async-start"):
@@ -193,8 +211,36 @@ class Program:
 
         Each instruction reads its operands and writes its result once, or only the part that it slices or updates.
         """
-        parts = ((self.computations[name], times) for name, times in self.runs.items())
-        return sum(times * self._moved(part, each) for part, times in parts for each in part.values())
+        return sum((n_bytes for _, n_bytes, _ in self._movers()), 0.0)
+
+    def breakdown(self, similar: bool = False) -> list[Part]:
+        """The traffic by direction and part of the model, or by `similar` instructions; the largest first.
+
+        Instructions are similar if they differ in no more than the numbers in their scope. A fusion counts where its
+        last operation belongs.
+        """
+        sums = dict[str, tuple[float, int]]()
+        for each, n_bytes, times in self._movers():
+            name = _description(each) if similar else _part_of_model(each.scope)
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = total + n_bytes, count + times
+        return sorted((Part(name, *sums[name]) for name in sums), key=lambda part: -part.nbytes)
+
+    def _movers(self) -> Iterator[tuple[_Instruction, float, int]]:
+        """The instructions that read or write HBM, with their bytes in a step and how often they run in it."""
+        for name, times in self.runs.items():
+            for each in self.computations[name].values():
+                moved = self._moved(self.computations[name], each)
+                if moved and not self._is_excluded(each):
+                    yield each, times * moved, times
+
+    def _is_excluded(self, each: _Instruction) -> bool:
+        """Whether an instruction, or all that a fusion computes, is excluded."""
+        if each.op != "fusion":
+            return bool(re.search(self.excluded, each.scope))
+        [called] = each.called("calls")
+        inner = [self._is_excluded(i) for i in self.computations[called].values() if i.op not in _FREE]
+        return bool(inner) and all(inner)
 
     def _moved(self, computation: _Computation, each: _Instruction) -> float:
         """Bytes of HBM that an instruction reads and writes each time it runs."""
@@ -258,6 +304,19 @@ class Program:
             called = self.computations[each.called("calls")[0]]
             return self._written_to(called, next(i.name for i in called.values() if i.is_root))
         return math.inf
+
+
+def _part_of_model(scope: str) -> str:
+    part = next((name for name, pattern in _PARTS.items() if re.search(pattern, scope)), "other")
+    one_way = part in ("optimizer", "loss") or not scope
+    return part if one_way else f"{part}, {'backward' if 'transpose(' in scope else 'forward'}"
+
+
+def _description(each: _Instruction) -> str:
+    """An instruction's operation, result and scope in 70 columns, with "#" for the numbers in the scope."""
+    shape, scope = re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", each.shape), re.sub(r"\d+", "#", each.scope)
+    start = f"{each.op} {shape[:32]} "
+    return (start + scope[len(start) - 70 :]).strip()
 
 
 def _first_group(attributes: str, n_devices: int) -> tuple[int, ...]:

@@ -4,7 +4,10 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from gptjax.planning.hlo_cost import Part
 from gptjax.planning.plan import GIB, Plan
+
+LARGEST = 20  # groups of instructions that a breakdown shows
 
 NOTES = {
     "parameters": "float32, from shapes and shardings",
@@ -17,8 +20,8 @@ NOTES = {
 _RUN_ROW = "  {:<30}{:>13}{:>12}{:>9}{:>10}{:>12}{:>12}"
 
 
-def to_text(plan: Plan, name: str, price: float | None) -> str:
-    """One screen of at most 100 columns."""
+def to_text(plan: Plan, name: str, price: float | None, breakdown: bool = False) -> str:
+    """One screen of at most 100 columns, and with `breakdown` a second one."""
     train, topology, model, mesh = plan.config.train, plan.topology, plan.config.model, plan.mesh.shape
     micro_batch = train.batch_size // train.accumulate
     lines = [
@@ -35,6 +38,8 @@ def to_text(plan: Plan, name: str, price: float | None) -> str:
     if not plan.fits:
         return "\n".join([*lines, "To use less: --search, more --train.accumulate or --mesh.fsdp, --model.remat full"])
     lines += [*_time_lines(plan), "", *_run_lines(plan, price)]
+    if breakdown:
+        lines += ["", *_breakdown_lines(plan)]
     if topology.platform == "gpu":
         lines += [
             "Blockwise attention stands in for cuDNN's kernel: memory is its own, traffic is that of a fused kernel.",
@@ -71,6 +76,18 @@ def _time_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def _breakdown_lines(plan: Plan) -> list[str]:
+    """The parts of the model, and the instructions that move most: their traffic, and how many run."""
+    parts, largest = plan.traffic_parts, plan.instructions[:LARGEST]
+    total = Part("in all", plan.hbm_traffic_bytes, sum(part.times for part in parts))
+    rows: list[tuple[str, list[Part]]] = [
+        (f"{'By part of the model':<73}{'GB':>9}{'instructions':>16}", [total, *parts]),
+        (f"The {len(largest)} largest groups of instructions", largest),
+    ]
+    row = "  {:<71}{:>9.3f}{:>16,}".format
+    return [line for head, group in rows for line in (head, *(row(name, n / 1e9, times) for name, n, times in group))]
+
+
 def _run_lines(plan: Plan, price: float | None) -> list[str]:
     def row(name: str, seconds: float) -> str:
         rates = f"{seconds * 1e3:,.2f} ms", f"{plan.tokens / seconds:,.0f}", f"{plan.mfu(seconds):.3f}"
@@ -102,6 +119,8 @@ def to_json(plan: Plan, price: float | None) -> dict[str, Any]:
     model, train, least, most = plan.config.model, plan.config.train, plan.roofline_seconds, plan.serial_seconds
     timed = {
         "hbm_traffic_bytes": plan.hbm_traffic_bytes,
+        "traffic_parts": [part._asdict() for part in plan.traffic_parts],
+        "instructions": [part._asdict() for part in plan.instructions],
         "collectives": [asdict(each) for each in plan.collectives],
         "roofline_seconds": least,
         "serial_seconds": most,

@@ -16,7 +16,7 @@ from gptjax.config import Config, MeshConfig
 from gptjax.errors import UserError
 from gptjax.flops import step_flops
 from gptjax.hub.init_from import open_pretrained
-from gptjax.planning.hlo_cost import Program, jaxpr_flops
+from gptjax.planning.hlo_cost import Part, Program, jaxpr_flops
 from gptjax.planning.topology import Topology
 from gptjax.resolve import resolve
 from gptjax.sharding import AXES, make_mesh
@@ -54,6 +54,8 @@ class Plan:
     fits: bool = False
     compile_seconds: float | None = None  # None: not compiled, since the FLOPs alone take too long
     hbm_traffic_bytes: float = math.nan  # that the step reads and writes
+    traffic_parts: list[Part] = field(default_factory=list)  # of the model
+    instructions: list[Part] = field(default_factory=list)  # similar ones in one row
     collectives: list[CollectiveTotal] = field(default_factory=list)
 
     @property
@@ -146,7 +148,7 @@ def bytes_refused(error: Exception) -> float:
 
 def _add_memory_and_time(plan: Plan, compiled: Any) -> None:
     memory, stands_in = compiled.memory_analysis(), plan.config.model.attention == "blockwise"
-    program = Program(compiled.as_text(), plan.mesh.size, excluded_loops="/attention/" if stands_in else "$^")
+    program = Program(compiled.as_text(), plan.mesh.size, excluded="/attention/kernel/" if stands_in else "(?!)")
     state = sum(plan.hbm_parts.values())
     plan.hbm_parts |= {
         "padding and batch": memory.argument_size_in_bytes - state,
@@ -155,7 +157,9 @@ def _add_memory_and_time(plan: Plan, compiled: Any) -> None:
     }
     plan.hbm_bytes = sum(plan.hbm_parts.values())
     plan.fits = plan.topology.platform == "tpu" or plan.hbm_bytes <= plan.topology.capacity  # a TPU's compiler refuses
-    plan.hbm_traffic_bytes = program.traffic() + (_kernel_traffic(plan) if stands_in else 0.0)
+    kernel = [_kernel_traffic(plan)] if stands_in else []
+    plan.traffic_parts, plan.instructions = [program.breakdown(similar) + kernel for similar in (False, True)]
+    plan.hbm_traffic_bytes = sum(part.nbytes for part in plan.traffic_parts)
     plan.collectives = _totals(plan, program)
 
 
@@ -171,18 +175,19 @@ def _totals(plan: Plan, program: Program) -> list[CollectiveTotal]:
     return sorted(rows, key=lambda row: -row.seconds)
 
 
-def _kernel_traffic(plan: Plan) -> float:
-    """Bytes that a fused attention kernel reads and writes in a step on one chip.
+def _kernel_traffic(plan: Plan) -> Part:
+    """What a fused attention kernel reads and writes in a step on one chip.
 
     The forward pass, which runs twice with remat, reads queries, keys and values and writes the result; the backward
     pass reads those and the result's gradient and writes three gradients.
     """
-    model = plan.config.model
+    model, train = plan.config.model, plan.config.train
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
     forward, backward = 2 * queries + 2 * keys, 4 * queries + 4 * keys
     times = 1 if model.remat == "none" else 2
     per_token = model.n_layer * (times * forward + backward) * jax.numpy.dtype(model.dtype).itemsize
-    return per_token * plan.tokens / plan.mesh.size
+    n_runs = model.n_layer * (times + 1) * train.accumulate
+    return Part("attention kernel", per_token * plan.tokens / plan.mesh.size, n_runs)
 
 
 def search(config: Config, topology: Topology, report: Any) -> Plan:

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from gptjax.config import Config, ModelConfig, TrainConfig
 from gptjax.flops import matmul_params, step_flops
 from gptjax.planning.hlo_cost import Program, jaxpr_flops, shape_bytes
-from gptjax.training import init_state, train_step
+from gptjax.sharding import one_device
+from gptjax.training import init_state, trace_train_step, train_step
 
 
 def flops_of(function, *shapes):
@@ -100,6 +101,21 @@ def test_traffic_of_a_compiled_program():
     program = Program(jax.jit(lambda x, y: (x + 1) @ y).lower(*shapes).compile().as_text(), 1)
     # x is read and x + 1 written; that and y are read, and the product is written.
     assert program.traffic() == 4 * (2 * 64 * 32 + 64 * 32 + 32 * 16 + 64 * 16)
+
+
+def test_the_breakdown_names_the_parts_of_a_step_and_leaves_nothing_out():
+    config, _, _ = traced_step("blockwise", layers="looped")
+    _, traced = trace_train_step(config, one_device())
+    text = traced.lower().compile().as_text()
+    program = Program(text, 1)
+    parts = {part.name: part for part in program.breakdown()}
+    assert {"attention, forward", "attention, backward", "mlp, forward", "mlp, backward", "optimizer"} <= parts.keys()
+    layer = 4 * 3 * 16 * 64  # bytes that the MLP's up and down read at least in each of 2 layers and 2 micro-steps
+    assert parts["mlp, forward"].nbytes > 2 * 2 * layer and parts["mlp, forward"].times >= 2 * 2 * 2
+    for similar in (False, True):
+        assert sum(part.nbytes for part in program.breakdown(similar)) == program.traffic()
+    without = {part.name: part for part in Program(text, 1, excluded="/mlp/").breakdown()}
+    assert "mlp, forward" not in without and without["loss"] == parts["loss"]
 
 
 # In the form of the TPU compiler's text: a loop whose number of trips is not noted, an all-gather that is spread over a

@@ -19,7 +19,7 @@ from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConf
 from gptjax.errors import UserError
 from gptjax.plan import main
 from gptjax.planning import plan as planning
-from gptjax.planning.hlo_cost import Program
+from gptjax.planning.hlo_cost import Part, Program
 from gptjax.planning.page import to_json, to_text
 from gptjax.planning.plan import CollectiveTotal, Plan, candidate_meshes, complete_config, micro_steps, search
 from gptjax.planning.topology import GPUS, TPUS, Topology, find_topology, slice_sides
@@ -142,7 +142,9 @@ def test_a_plan_that_does_not_fit_has_no_times():
 
 
 def test_the_screen_is_at_most_100_columns():
-    screen = to_text(made(), "configs/gpt2_124m.py", 1.25)
+    parts = [Part("attention, backward", 12e9, 1200), Part("mlp, forward", 8e9, 24)]
+    screen = to_text(made(traffic_parts=parts, instructions=parts), "configs/gpt2_124m.py", 1.25, breakdown=True)
+    assert re.search(r"  attention, backward +12\.000 +1,200\n", screen) and re.search(r"in all .* 1,224\n", screen)
     assert max(map(len, screen.splitlines())) <= 100 and screen.count("\n") < 40
     assert all(words in screen for words in ("FITS", "10.00 ms", "20.00 ms", "$", "(estimate)"))
 
