@@ -6,19 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from gptjax.flops import device_peak
 from gptjax.matmul import matmul
 from gptjax.sharding import BATCH_AXES, mesh_in_use
 
-PIECE_BYTES = 256 << 20  # of float32 logits on one device
+PIECE_BYTES = 256 << 20  # of float32 logits on a device whose memory is unknown, as a CPU's
+PIECE_SHARE = 1 / 16  # of a device's memory otherwise: each further piece reads and writes the head's gradient again
+MASKED = -1e30  # the logit of an id that is padding; with -inf the difference of two would be nan
 
 
 def pieces_of(batch_size: int, length: int, vocab_size: int) -> int:
-    """Into how many pieces to split `length` so that each has at most PIECE_BYTES of logits on a device of the mesh."""
+    """Into how many pieces to split `length` so that the logits of each are small on a device of the mesh in use."""
     mesh = mesh_in_use()
-    n_devices = 1 if mesh.empty else mesh.size
-    n, limit = 1, max(1, PIECE_BYTES * n_devices // (4 * batch_size * vocab_size))
+    n_devices, device = (1, None) if mesh.empty else (mesh.size, mesh.abstract_device)
+    peak = device_peak(device.device_kind) if device else None
+    most = int(PIECE_SHARE * peak.memory) if peak else PIECE_BYTES
+    n, limit = 1, max(1, most * n_devices // (4 * batch_size * vocab_size))
     while length // n > limit and length % (2 * n) == 0:
         n *= 2
     return n
@@ -118,10 +123,6 @@ def _piece(
     axis: str | None,
 ) -> Any:
     """The totals of loss and head gradient with those of one piece [B, t] added, and the gradient by its x."""
-
-    def over_axis(collective: Any, x: jax.Array) -> jax.Array:
-        return x if axis is None else collective(x, axis)
-
     (nats, dhead_VD), (x_BtD, targets_Bt) = total, inputs
     first = 0 if axis is None else jax.lax.axis_index(axis) * head_VD.shape[0]
     ids_11V = (first + jnp.arange(head_VD.shape[0]))[None, None]
@@ -131,19 +132,47 @@ def _piece(
     if logit_cap:
         tanh_BtV = jnp.tanh(logits_BtV / logit_cap)
         logits_BtV = logit_cap * tanh_BtV
-    logits_BtV = jnp.where(ids_11V < vocab_size, logits_BtV, -jnp.inf)
-    max_Bt1 = over_axis(jax.lax.pmax, jnp.max(logits_BtV, axis=-1, keepdims=True))
-    sum_Bt1 = over_axis(jax.lax.psum, jnp.sum(jnp.exp(logits_BtV - max_Bt1), axis=-1, keepdims=True))
-    log_sum_Bt1 = max_Bt1 + jnp.log(sum_Bt1)
+    logits_BtV = jnp.where(ids_11V < vocab_size, logits_BtV, MASKED)
     hit_BtV = ids_11V == targets_Bt[:, :, None]
     counts_Bt = (targets_Bt >= 0).astype(jnp.float32)
-    target_Bt = over_axis(jax.lax.psum, jnp.sum(jnp.where(hit_BtV, logits_BtV, 0.0), axis=-1))
-    nats += jnp.sum(counts_Bt * (log_sum_Bt1[:, :, 0] - target_Bt))
+    max_Bt1, sum_Bt1, target_Bt1 = statistics(logits_BtV, hit_BtV)
+    if axis is not None:
+        own_Bt1, max_Bt1 = max_Bt1, jax.lax.pmax(max_Bt1, axis)
+        sum_Bt1, target_Bt1 = jax.lax.psum((sum_Bt1 * jnp.exp(own_Bt1 - max_Bt1), target_Bt1), axis)
+    log_sum_Bt1 = max_Bt1 + jnp.log(sum_Bt1)
+    nats += jnp.sum(counts_Bt * (log_sum_Bt1 - target_Bt1)[:, :, 0])
     if not with_gradient:
         return (nats, dhead_VD), None
     dlogits_BtV = (jnp.exp(logits_BtV - log_sum_Bt1) - hit_BtV) * counts_Bt[:, :, None]
     if logit_cap:
         dlogits_BtV *= 1 - jnp.square(tanh_BtV)
     dlogits_RV = dlogits_BtV.astype(x_BtD.dtype).reshape(logits_RV.shape)
-    dx_BtD = over_axis(jax.lax.psum, matmul(dlogits_RV, head_VD)).reshape(x_BtD.shape)
-    return (nats, dhead_VD + matmul(dlogits_RV.T, rows_RD, jnp.float32)), dx_BtD
+    dx_RD = matmul(dlogits_RV, head_VD)
+    dx_RD = dx_RD if axis is None else jax.lax.psum(dx_RD, axis)
+    return (nats, dhead_VD + matmul(dlogits_RV.T, rows_RD, jnp.float32)), dx_RD.reshape(x_BtD.shape)
+
+
+def statistics(logits_BtV: Float[Array, "B t V"], hit_BtV: Bool[Array, "B t V"]) -> Any:
+    """The maximum of the logits over V, the sum of exp(logit - maximum), and the sum of the logits that are hit.
+
+    Elsewhere than on a CPU the logits are read once: "Online normalizer calculation for softmax", algorithm 3.
+    """
+    return jax.lax.platform_dependent(logits_BtV, hit_BtV, cpu=two_passes, default=one_pass)
+
+
+def two_passes(logits_BtV: Any, hit_BtV: Any) -> Any:
+    max_Bt1 = jnp.max(logits_BtV, axis=-1, keepdims=True)
+    sum_Bt1 = jnp.sum(jnp.exp(logits_BtV - max_Bt1), axis=-1, keepdims=True)
+    return max_Bt1, sum_Bt1, jnp.sum(jnp.where(hit_BtV, logits_BtV, 0.0), axis=-1, keepdims=True)
+
+
+def one_pass(logits_BtV: Any, hit_BtV: Any) -> Any:
+    def combine(left: Any, right: Any) -> Any:
+        (max_left, sum_left, target_left), (max_right, sum_right, target_right) = left, right
+        ratio, is_left = jnp.exp(-jnp.abs(max_left - max_right)), max_left >= max_right
+        total = jnp.where(is_left, sum_left + sum_right * ratio, sum_left * ratio + sum_right)
+        return jnp.maximum(max_left, max_right), total, target_left + target_right
+
+    parts = logits_BtV, jnp.ones_like(logits_BtV), jnp.where(hit_BtV, logits_BtV, 0.0)
+    start = jnp.float32(MASKED), jnp.float32(0), jnp.float32(0)
+    return tuple(x_Bt[:, :, None] for x_Bt in jax.lax.reduce(parts, start, combine, (2,)))

@@ -10,6 +10,7 @@ import pytest
 
 from gptjax import loss
 from gptjax.config import MeshConfig
+from gptjax.flops import Peak
 from gptjax.loss import cross_entropy_sum, pieces_of
 from gptjax.sharding import make_mesh
 
@@ -83,7 +84,22 @@ def test_logits_of_the_whole_batch_never_exist(inputs):
     assert not any(shape in compiled(4) for shape in whole)
 
 
+def test_one_pass_over_the_logits_finds_what_two_passes_find():
+    rng = np.random.default_rng(0)
+    logits_BtV = jnp.asarray(30 * rng.standard_normal((2, 3, V)), jnp.float32)
+    logits_BtV = logits_BtV.at[0, 0, 1:].set(loss.MASKED).at[0, 1, :].set(loss.MASKED)  # padding, in part and whole
+    hit_BtV = jnp.arange(V)[None, None] == jnp.asarray(rng.integers(0, V, (2, 3, 1)))
+    for found, expected in zip(
+        *(jax.jit(each)(logits_BtV, hit_BtV) for each in (loss.one_pass, loss.two_passes)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)  # float32 sums of 40 terms, in another order
+
+
 def test_pieces_are_as_few_as_fit(monkeypatch):
     monkeypatch.setattr(loss, "PIECE_BYTES", 4 * 1000 * 64)  # 64 places of 1,000 logits
     assert [pieces_of(rows, 32, 1000) for rows in (1, 2, 4, 8, 64, 1000)] == [1, 1, 2, 4, 32, 32]
     assert pieces_of(64, 31, 1000) == 1, "an odd length is not split"
+    memory = int(4 * 1000 * 16 / loss.PIECE_SHARE)  # of a device: 16 places of 1,000 logits are its share
+    monkeypatch.setattr(loss, "device_peak", lambda kind: Peak(1.0, 1.0, memory))
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2), 4)):
+        assert [pieces_of(rows, 32, 1000) for rows in (1, 2, 4, 8)] == [1, 1, 2, 4]
