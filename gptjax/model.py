@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from gptjax.attention import cached_attention, causal_attention, sequence_attention
 from gptjax.config import ModelConfig
 from gptjax.matmul import linear, linear_transposed, lookup, matmul, prepared
-from gptjax.sharding import constrain
+from gptjax.sharding import constrain, platform_in_use
 
 INIT_STD = 0.02  # as in GPT-2's code; layers that write to the residual stream start smaller (its paper, section 2.3)
 ROPE_LOW, ROPE_HIGH = 1.0, 4.0  # Llama 3: turns within the original context, between which the scaling is blended
@@ -134,8 +134,8 @@ class MLP(nn.Module):
         config = self.config
 
         # In float32 and rounded once: in bfloat16 XLA rounds after every operation. Recomputed in the backward pass,
-        # which keeps its input alone.
-        @partial(jax.checkpoint, prevent_cse=False)
+        # which keeps its input alone; elsewhere than on a CPU XLA would keep the float32 tanh if it could.
+        @partial(jax.checkpoint, prevent_cse=platform_in_use() != "cpu")
         def activation(x: jax.Array) -> jax.Array:
             return ACTIVATIONS[config.activation](x.astype(jnp.float32)).astype(x.dtype)
 

@@ -164,6 +164,12 @@ def mesh_in_use() -> jax.sharding.AbstractMesh:
     return jax.sharding.AbstractMesh((), ()) if mesh.manual_axes else mesh
 
 
+def platform_in_use() -> str:
+    """The platform of the mesh in use; "cpu" without one."""
+    mesh = mesh_in_use()
+    return "cpu" if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch [A, B, W]: B is split."""
     return NamedSharding(mesh, P(None, BATCH_AXES))
