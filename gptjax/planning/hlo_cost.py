@@ -156,7 +156,7 @@ class Program:
         def visit(name: str, times: int) -> None:
             counts[name] = counts.get(name, 0) + times
             for instruction in self.computations[name].values():
-                if instruction.op == "while" and not self._is_excluded(instruction):
+                if instruction.op == "while" and not self._is_excluded(self.computations[name], instruction):
                     for body in instruction.called("body"):
                         visit(body, times * self._trip_count(instruction))
                 elif instruction.op in ("call", "conditional", "async-start"):
@@ -231,16 +231,24 @@ class Program:
         for name, times in self.runs.items():
             for each in self.computations[name].values():
                 moved = self._moved(self.computations[name], each)
-                if moved and not self._is_excluded(each):
+                if moved and not self._is_excluded(self.computations[name], each):
                     yield each, times * moved, times
 
-    def _is_excluded(self, each: _Instruction) -> bool:
-        """Whether an instruction, or all that a fusion computes, is excluded."""
+    def _is_excluded(self, computation: _Computation, each: _Instruction) -> bool:
+        """Whether an instruction is excluded, or all that a fusion computes, or all that use a constant array."""
         if each.op != "fusion":
             return bool(re.search(self.excluded, each.scope))
-        [called] = each.called("calls")
-        inner = [self._is_excluded(i) for i in self.computations[called].values() if i.op not in _FREE]
-        return bool(inner) and all(inner)
+        if not each.operands:
+            return all(self._is_excluded(computation, user) for user in self._users(computation, each))
+        inner = self.computations[each.called("calls")[0]]
+        found = [self._is_excluded(inner, i) for i in inner.values() if i.op not in _FREE]
+        return bool(found) and all(found)
+
+    def _users(self, computation: _Computation, each: _Instruction) -> Iterator[_Instruction]:
+        """The instructions that use a value, also as a part of a tuple."""
+        for user in computation.values():
+            if each.name in user.operands:
+                yield from self._users(computation, user) if user.op in ("tuple", *_VIEWS) else [user]
 
     def _moved(self, computation: _Computation, each: _Instruction) -> float:
         """Bytes of HBM that an instruction reads and writes each time it runs."""
