@@ -52,7 +52,7 @@ def train(config: Config, tokens: np.ndarray, held_out: np.ndarray) -> tuple[flo
 
     length, rows = config.model.block_size, config.train.batch_size
     mesh = make_mesh(config.mesh, rows)
-    config = replace(config, model=resolve(config.model, jax.default_backend()))
+    config = replace(config, model=resolve(config.model, jax.devices()[0]))
     steps, seconds = compile_steps(config, mesh), []
     state = steps.init()
 

@@ -61,7 +61,7 @@ def our_step(work: str, dtype: str) -> Work:
     from gptjax.sharding import batch_sharding, make_mesh
     from gptjax.training import compile_steps
 
-    config = replace(config, model=resolve(config.model, jax.default_backend()))
+    config = replace(config, model=resolve(config.model, jax.devices()[0]))
     mesh = make_mesh(config.mesh, config.train.batch_size)
     steps = compile_steps(config, mesh)
     state = steps.init()

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from gptjax.errors import UserError, first_line
 from gptjax.matmul import matmul
 from gptjax.sharding import BATCH_AXES, mesh_in_use
 
@@ -194,4 +195,7 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, document_BT
 
 
 def _cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, document_BT: None) -> jax.Array:
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+    try:
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # by this GPU, or without cuDNN
+        raise UserError(f"cuDNN refuses attention: {first_line(error)} Pass --model.attention blockwise") from error

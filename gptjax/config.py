@@ -165,13 +165,13 @@ class ModelConfig(Section):
         "auto: the hardware's kernel where it supports the model, else blockwise for long contexts",
     )
     layers: Literal["auto", "unrolled", "looped"] = chosen_free(
-        "auto", "in training: unrolled, or a loop, which compiles faster; auto: unrolled on CPU"
+        "auto", "in training: unrolled, or a loop, which compiles faster; auto: unrolled on CPU, and on GPU up to 24"
     )
     remat: Literal["none", "dots", "full"] = chosen_free(
         "none", "recompute in the backward pass to save memory: nothing, all but matmuls, or whole layers"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = chosen(
-        "auto", "of activations; auto: bfloat16 on TPU, GPU and, from jax 0.12 on, CPUs that support it, else float32"
+        "auto", "of activations; auto: bfloat16 on TPU, GPUs from 2020 on and, with jax 0.12, CPUs that have it"
     )
 
     def validate(self) -> None:

@@ -91,7 +91,7 @@ def train(
     if weights:
         weights.require_fit(dataset, run_dir)
     config = fit_to_data(config, dataset, saved)
-    model = resolve(config.model, jax.default_backend())
+    model = resolve(config.model, jax.devices()[0])
     config = replace(config, model=replace(config.model, dtype=model.dtype))
     distributed.require_same("config", {"data": dataset.fingerprint(), "jax": jax.__version__} | flat(config))
     n_bytes = state_bytes(config)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_fields(config)
     arguments, config = parser.parse(argv, arguments, config)
     topology = find_topology(arguments.topology)
-    config = complete_config(config, topology.platform)
+    config = complete_config(config, topology.devices[0])
     if arguments.mesh:
         config = replace(config, mesh=MeshConfig(*map(int, arguments.mesh.split("x"))))
     if arguments.search:

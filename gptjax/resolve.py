@@ -1,5 +1,6 @@
 """Decide every "auto" of a model's config for the hardware that it runs on."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -7,34 +8,51 @@ from gptjax.config import ModelConfig
 from gptjax.host import multiplies_bfloat16
 
 LONG_CONTEXT = 512  # tokens from which blockwise attention is faster than plain (measured: docs/performance.md)
-KERNELS: dict[str, Any] = {"tpu": "splash", "gpu": "cudnn"}
+MOST_UNROLLED = 24  # layers that a GPU's compiler unrolls in about a minute
 
 
-def resolve(model: ModelConfig, platform: str, *, training: bool = True) -> ModelConfig:
-    """The config without "auto", for a platform as JAX names it: "cpu", "gpu" or "tpu".
+def resolve(model: ModelConfig, device: Any, *, training: bool = True) -> ModelConfig:
+    """The config without "auto", for a JAX device: its platform, kind and compute capability decide.
 
     Sampling and scoring (`training=False`) run on the KV cache or on one short text, so attention is plain and layers
     are looped there; on a CPU activations are float32, since a single row is slower in bfloat16.
     """
     if not training:
-        dtype: Any = "float32" if platform == "cpu" else "bfloat16" if model.dtype == "auto" else model.dtype
+        dtype = "float32" if device.platform == "cpu" else _dtype(device) if model.dtype == "auto" else model.dtype
         return replace(model, dtype=dtype, attention="plain", layers="looped")
     if model.dtype == "auto":
-        model = replace(model, dtype="bfloat16" if platform != "cpu" or multiplies_bfloat16() else "float32")
+        model = replace(model, dtype=_dtype(device))
     if model.layers == "auto":
-        model = replace(model, layers="unrolled" if platform == "cpu" else "looped")
-    return replace(model, attention=_attention(model, platform)) if model.attention == "auto" else model
+        unrolled = device.platform == "cpu" or (device.platform == "gpu" and model.n_layer <= MOST_UNROLLED)
+        model = replace(model, layers="unrolled" if unrolled else "looped")
+    return replace(model, attention=_attention(model, device)) if model.attention == "auto" else model
 
 
-def _attention(model: ModelConfig, platform: str) -> Any:
+def _dtype(device: Any) -> Any:
+    """bfloat16 where matmuls in it are faster than in float32, else float32."""
+    nvidia = _compute_capability(device)
+    faster = {"cpu": multiplies_bfloat16(), "gpu": nvidia is None or nvidia >= (8, 0), "tpu": True}
+    return "bfloat16" if faster.get(device.platform) else "float32"
+
+
+def _attention(model: ModelConfig, device: Any) -> Any:
     """The hardware's kernel if it supports this model, else blockwise for long contexts, else plain.
 
-    Only plain attention has dropout. Splash attention takes blocks of 128 tokens; cuDNN's kernel takes bfloat16, head
-    widths that are multiples of 8, and no segments.
+    Only plain attention has dropout. Splash attention takes blocks of 128 tokens. cuDNN's kernel takes bfloat16, no
+    segments, and head widths that are multiples of 8, up to 128 or, from compute capability 9.0 on, up to 256.
     """
     if model.attention_rate:
         return "plain"
-    cudnn = model.dtype == "bfloat16" and model.head_width % 8 == 0 and model.separator is None
-    if {"tpu": model.block_size % 128 == 0, "gpu": cudnn}.get(platform):
-        return KERNELS[platform]
+    if device.platform == "tpu" and model.block_size % 128 == 0:
+        return "splash"
+    nvidia, narrow = _compute_capability(device) or (0, 0), model.dtype == "bfloat16" and model.separator is None
+    widest = 256 if nvidia >= (9, 0) else 128 if nvidia >= (8, 0) else 0
+    if device.platform == "gpu" and narrow and model.head_width % 8 == 0 and model.head_width <= widest:
+        return "cudnn"
     return "blockwise" if model.block_size >= LONG_CONTEXT else "plain"
+
+
+def _compute_capability(device: Any) -> tuple[int, int] | None:
+    """CUDA's; None on other hardware. An AMD GPU names its architecture, as "gfx90a", in the same place."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return (int(found[1]), int(found[2])) if found else None

@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gptjax import attention
 from gptjax.attention import cached_attention, causal_attention, sequence_attention
+from gptjax.errors import UserError
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -62,6 +63,12 @@ def test_cached_attention_is_causal_attention_of_what_each_row_has_read():
         np.testing.assert_allclose(
             found[one[0]], causal_attention(q[one], k[one], v[one])[:, start:], rtol=0, atol=1e-6
         )
+
+
+def test_a_refused_kernel_names_the_way_out():
+    x_BTNH = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)  # on a CPU, where cuDNN is not
+    with pytest.raises(UserError, match="^cuDNN refuses attention: .*--model.attention blockwise$"):
+        sequence_attention("cudnn", x_BTNH, x_BTNH, x_BTNH)
 
 
 def test_blockwise_attention_never_holds_all_scores():

@@ -1,49 +1,76 @@
-"""What "auto" means on each platform."""
+"""What "auto" means on each kind of hardware."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from gptjax import resolve as resolving
 from gptjax.config import ModelConfig
-from gptjax.resolve import resolve
+from gptjax.resolve import MOST_UNROLLED, resolve
 
 SHORT = ModelConfig(vocab_size=65, block_size=256, n_layer=2, n_head=2, n_embd=64)
 LONG = replace(SHORT, block_size=1024)
+WIDE, WIDER = replace(LONG, n_head=2, n_embd=512), replace(LONG, n_head=1, n_embd=512)  # 256 and 512 features a head
+CPU, TPU = SimpleNamespace(platform="cpu"), SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+
+
+def gpu(kind, capability):
+    return SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+
+
+H100, A100, B200 = gpu("NVIDIA H100 80GB HBM3", "9.0"), gpu("NVIDIA A100-SXM4-80GB", "8.0"), gpu("NVIDIA B200", "10.0")
+RTX_4090, T4, V100 = gpu("NVIDIA GeForce RTX 4090", "8.9"), gpu("Tesla T4", "7.5"), gpu("Tesla V100-SXM2-16GB", "7.0")
+P100, MI300 = gpu("Tesla P100-PCIE-16GB", "6.0"), gpu("AMD Instinct MI300X", "gfx942")
+APPLE, UNKNOWN = SimpleNamespace(platform="METAL", device_kind="Metal"), SimpleNamespace(platform="new", device_kind="")
 
 
 @pytest.mark.parametrize(
-    ("model", "platform", "attention", "layers", "dtype"),
+    ("model", "device", "attention", "layers", "dtype"),
     [
-        (SHORT, "cpu", "plain", "unrolled", "float32"),
-        (LONG, "cpu", "blockwise", "unrolled", "float32"),
-        (SHORT, "tpu", "splash", "looped", "bfloat16"),
-        (replace(SHORT, block_size=100), "tpu", "plain", "looped", "bfloat16"),  # not a multiple of 128
-        (LONG, "gpu", "cudnn", "looped", "bfloat16"),
-        (replace(LONG, separator=3), "gpu", "blockwise", "looped", "bfloat16"),
-        (replace(LONG, separator=3), "tpu", "splash", "looped", "bfloat16"),
-        (replace(LONG, n_head=16), "gpu", "blockwise", "looped", "bfloat16"),  # 4 features a head
-        (replace(LONG, dtype="float32"), "gpu", "blockwise", "looped", "float32"),
-        (replace(LONG, dropout=0.1), "tpu", "plain", "looped", "bfloat16"),
-        (replace(LONG, dropout=0.1, attention_dropout=0.0), "tpu", "splash", "looped", "bfloat16"),
-        (replace(LONG, attention="plain", layers="unrolled"), "tpu", "plain", "unrolled", "bfloat16"),
+        (SHORT, CPU, "plain", "unrolled", "float32"),
+        (LONG, CPU, "blockwise", "unrolled", "float32"),
+        (SHORT, TPU, "splash", "looped", "bfloat16"),
+        (replace(SHORT, block_size=100), TPU, "plain", "looped", "bfloat16"),  # not a multiple of 128
+        (replace(LONG, separator=3), TPU, "splash", "looped", "bfloat16"),
+        (replace(LONG, dropout=0.1), TPU, "plain", "looped", "bfloat16"),
+        (replace(LONG, dropout=0.1, attention_dropout=0.0), TPU, "splash", "looped", "bfloat16"),
+        (replace(LONG, attention="plain", layers="unrolled"), TPU, "plain", "unrolled", "bfloat16"),
+        (SHORT, H100, "cudnn", "unrolled", "bfloat16"),
+        (replace(LONG, n_layer=MOST_UNROLLED + 1), H100, "cudnn", "looped", "bfloat16"),
+        (replace(LONG, separator=3), H100, "blockwise", "unrolled", "bfloat16"),
+        (replace(LONG, n_head=16), H100, "blockwise", "unrolled", "bfloat16"),  # 4 features a head
+        (replace(LONG, dtype="float32"), H100, "blockwise", "unrolled", "float32"),
+        (WIDE, H100, "cudnn", "unrolled", "bfloat16"),
+        (WIDE, B200, "cudnn", "unrolled", "bfloat16"),
+        (WIDER, H100, "blockwise", "unrolled", "bfloat16"),
+        (WIDE, A100, "blockwise", "unrolled", "bfloat16"),
+        (LONG, A100, "cudnn", "unrolled", "bfloat16"),
+        (replace(WIDE, n_head=4), RTX_4090, "cudnn", "unrolled", "bfloat16"),  # 128 features a head
+        (LONG, T4, "blockwise", "unrolled", "float32"),
+        (SHORT, V100, "plain", "unrolled", "float32"),
+        (replace(LONG, dtype="bfloat16"), T4, "blockwise", "unrolled", "bfloat16"),
+        (LONG, P100, "blockwise", "unrolled", "float32"),
+        (LONG, MI300, "blockwise", "unrolled", "bfloat16"),
+        (LONG, APPLE, "blockwise", "looped", "float32"),
+        (SHORT, UNKNOWN, "plain", "looped", "float32"),
     ],
 )
-def test_training(monkeypatch, model, platform, attention, layers, dtype):
+def test_training(monkeypatch, model, device, attention, layers, dtype):
     monkeypatch.setattr(resolving, "multiplies_bfloat16", lambda: False)
-    found = resolve(model, platform)
+    found = resolve(model, device)
     assert (found.attention, found.layers, found.dtype) == (attention, layers, dtype)
-    assert resolve(found, platform) == found
+    assert resolve(found, device) == found
 
 
 def test_a_cpu_that_multiplies_bfloat16_faster_trains_in_it(monkeypatch):
     monkeypatch.setattr(resolving, "multiplies_bfloat16", lambda: True)
-    assert resolve(SHORT, "cpu").dtype == "bfloat16"
-    assert resolve(SHORT, "cpu", training=False).dtype == "float32"
+    assert resolve(SHORT, CPU).dtype == "bfloat16"
+    assert resolve(SHORT, CPU, training=False).dtype == "float32"
 
 
 def test_sampling():
-    found = resolve(replace(SHORT, attention="splash", dtype="bfloat16"), "cpu", training=False)
+    found = resolve(replace(SHORT, attention="splash", dtype="bfloat16"), CPU, training=False)
     assert (found.attention, found.layers, found.dtype) == ("plain", "looped", "float32")
-    assert resolve(replace(SHORT, dtype="float32"), "tpu", training=False).dtype == "float32"
-    assert resolve(SHORT, "gpu", training=False).dtype == "bfloat16"
+    assert resolve(replace(SHORT, dtype="float32"), TPU, training=False).dtype == "float32"
+    assert [resolve(SHORT, device, training=False).dtype for device in (H100, T4)] == ["bfloat16", "float32"]

@@ -245,7 +245,7 @@ def _load_weights(path: Path, dtype: Dtype) -> tuple[ModelConfig, Any, Tokenizer
 def _with_dtype(config: ModelConfig, dtype: Dtype) -> ModelConfig:
     if dtype == "float32" or dtype == "bfloat16":
         return replace(config, dtype=dtype)
-    return resolve(config, jax.default_backend(), training=False)
+    return resolve(config, jax.devices()[0], training=False)
 
 
 def _read_rules(path: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Plan:
         return self.model_flops / seconds / (self.mesh.size * self.topology.peak.flops)
 
 
-def complete_config(config: Config, platform: str) -> Config:
+def complete_config(config: Config, device: Any) -> Config:
     """The config with the model of `init_from`, the tokenizer's vocabulary size and no "auto".
 
     Raises `UserError` if the vocabulary depends on the text, which a plan does not read.
@@ -98,7 +98,7 @@ def complete_config(config: Config, platform: str) -> Config:
     if not vocab_size:
         unknown = f"data.tokenizer={tokenizer!r} has no known size"
         raise UserError(f"a plan reads no data, and {unknown}: --model.vocab_size N")
-    return replace(config, model=resolve(replace(config.model, vocab_size=vocab_size), platform))
+    return replace(config, model=resolve(replace(config.model, vocab_size=vocab_size), device))
 
 
 def make_plan(config: Config, topology: Topology, slower_than: float = math.inf) -> Plan:

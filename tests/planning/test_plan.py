@@ -33,7 +33,7 @@ GPT2 = Config(
     model=ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024),
     train=TrainConfig(batch_size=512, accumulate=4, max_steps=600_000),
 )
-PLANNED = complete_config(GPT2, "tpu")
+PLANNED = complete_config(GPT2, SimpleNamespace(platform="tpu"))
 
 
 def test_hardware_has_product_names_and_a_peak():
@@ -81,9 +81,9 @@ def test_the_vocabulary_without_the_tokenizer():
     model = PLANNED.model
     assert (model.vocab_size, model.padded_vocab_size, model.dtype) == (50257, 50304, "bfloat16")
     bpe = DataConfig(tokenizer="bpe", vocab_size=512)
-    assert complete_config(replace(GPT2, data=bpe), "gpu").model.vocab_size == 512
+    assert complete_config(replace(GPT2, data=bpe), jax.devices()[0]).model.vocab_size == 512
     with pytest.raises(UserError, match="--model.vocab_size"):
-        complete_config(replace(GPT2, data=DataConfig(tokenizer="char")), "tpu")
+        complete_config(replace(GPT2, data=DataConfig(tokenizer="char")), jax.devices()[0])
 
 
 def test_the_compilers_refusal_says_how_much_memory_a_step_needs():
