@@ -163,7 +163,7 @@ def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     elif dtype == "int8":
         params = quantize(params)
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() != "tpu":
         params = lay_out(params)
     prompts, seeds = [np.array([1], np.int32)] * streams, list(range(streams))
 

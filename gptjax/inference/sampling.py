@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,22 +94,33 @@ def mark_seen(seen_BV: Bool[Array, "B V"] | None, token_B: Int[Array, " B"]) -> 
 def _keep_largest(logits_BV: jax.Array, weights_BV: jax.Array, needed: float) -> jax.Array:
     """Each row with only its largest logits: the fewest whose weights add up to `needed`. The others are -inf.
 
-    With weights of 1 that is top_k, with probabilities top_p. A binary search sets the bits of each row's threshold
-    from the highest to the lowest. A bit stays set if the entries at or above the threshold still weigh enough. With
-    three bits, entries 6, 5 and 1 of weight 1 and needed = 2:
+    With weights of 1 that is top_k, with probabilities top_p. A search sets the digits of each row's threshold from the
+    highest to the lowest, each to the largest with which the entries at or above the threshold still weigh enough. With
+    three digits of one bit, entries 6, 5 and 1 of weight 1 and needed = 2:
 
         100 stays (6 and 5), 110 does not (only 6), 101 stays (6 and 5): the threshold is 5.
 
-    These 32 passes over a row take a fraction of the time that sorting it takes (measured: docs/performance.md).
+    32 passes over a row, with digits of one bit, take a CPU a fraction of the time that sorting it takes (measured:
+    docs/performance.md). Elsewhere the launches of the passes take longest, so there are 4, with digits of 8 bits.
     """
+    forms = {"cpu": partial(largest_by_digits, 1), "default": partial(largest_by_digits, 8)}
+    return jax.lax.platform_dependent(logits_BV, weights_BV, needed, **forms)
+
+
+def largest_by_digits(n_bits: int, logits_BV: jax.Array, weights_BV: jax.Array, needed: Any) -> jax.Array:
+    """`_keep_largest` with digits of `n_bits` bits."""
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
     sign = np.uint32(1 << 31)
     ordered_BV = jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)  # unsigned integers in the order of the floats
+    digit_1C1 = jnp.arange(1, 1 << n_bits, dtype=jnp.uint32)[None, :, None]
 
-    def try_bit(i: jax.Array, threshold_B1: jax.Array) -> jax.Array:
-        higher_B1 = threshold_B1 | (sign >> i.astype(jnp.uint32))
-        weight_B1 = jnp.sum(jnp.where(ordered_BV >= higher_B1, weights_BV, 0.0), axis=-1, keepdims=True)
-        return jnp.where(weight_B1 >= needed, higher_B1, threshold_B1)
+    def set_digit(i: jax.Array, threshold_B1: jax.Array) -> jax.Array:
+        shift = (32 - n_bits * (i + 1)).astype(jnp.uint32)
+        higher_BC1 = threshold_B1[:, None] | (digit_1C1 << shift)
+        weight_BC = jnp.sum(jnp.where(ordered_BV[:, None] >= higher_BC1, weights_BV[:, None], 0.0), axis=-1)
+        digit_B1 = jnp.sum(weight_BC >= needed, axis=-1, keepdims=True, dtype=jnp.uint32)
+        return threshold_B1 | (digit_B1 << shift)
 
-    threshold_B1 = jax.lax.fori_loop(0, 32, try_bit, jnp.zeros((len(ordered_BV), 1), jnp.uint32))
+    start, n_digits = jnp.zeros((len(ordered_BV), 1), jnp.uint32), 32 // n_bits
+    threshold_B1 = jax.lax.fori_loop(0, n_digits, set_digit, start, unroll=n_digits <= 4)
     return jnp.where(ordered_BV >= threshold_B1, logits_BV, -jnp.inf)

@@ -12,7 +12,7 @@ import scipy.stats
 from gptjax.config import ModelConfig
 from gptjax.inference.decoder import init_cache
 from gptjax.inference.generate import CHUNK, PrefixCache, decode, generate, prefill, read
-from gptjax.inference.sampling import Sampling, sample_token
+from gptjax.inference.sampling import Sampling, largest_by_digits, sample_token
 from gptjax.model import GPT
 
 TINY = ModelConfig(vocab_size=61, block_size=40, n_layer=2, n_head=2, n_embd=16, bias=True, dtype="float32")
@@ -173,6 +173,17 @@ def assert_drawn_from(tokens, probabilities_V):
     ]
     some = expected > 0
     assert scipy.stats.chisquare(observed[some], expected[some]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("n_bits", [1, 8])  # on a CPU, and elsewhere
+def test_a_search_by_digits_keeps_the_fewest_largest_that_weigh_enough(n_bits):
+    logits_BV = np.random.default_rng(0).normal(0, 3, (4, 50)).astype(np.float32)
+    weights_BV = np.array(jax.nn.softmax(logits_BV))
+    kept_BV = np.asarray(largest_by_digits(n_bits, jnp.asarray(logits_BV), jnp.asarray(weights_BV), 0.7)) > -np.inf
+    for logits_V, weights_V, kept_V in zip(logits_BV, weights_BV, kept_BV, strict=True):
+        order = np.argsort(-logits_V)
+        fewest = 1 + int(np.argmax(np.cumsum(weights_V[order]) >= 0.7))
+        assert set(np.flatnonzero(kept_V)) == set(order[:fewest])
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.5, 2), (3.0, 5)])
