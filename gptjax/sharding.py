@@ -19,7 +19,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # How each parameter is split, by the end of its path. A leading layer axis is never split. The optimizer's moments have
-# their parameter's path at the end of theirs, so the table holds for them too.
+# their parameter's path at the end of theirs, so the table holds for them too, but for the data axis: `update_spec`.
 TABLE = {
     r"(token_embedding|head)$": P("tensor", "fsdp"),
     r"position_embedding$": P(None, "fsdp"),
@@ -129,19 +129,51 @@ def require_divisible(model: ModelConfig, mesh: Mesh) -> None:
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """The table's sharding for each array of a tree of parameters or of a train state.
-
-    A vocabulary that is too small to be padded, such as one of characters, stays whole where it does not divide.
-    """
+    """The table's sharding for each array of a tree of parameters or of a train state."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        spec = spec_of(name)
-        if name.endswith(("token_embedding", "head")) and leaf.shape[0] % mesh.shape["tensor"]:
-            spec = P(None, spec[1])
-        return NamedSharding(mesh, spec)
+        in_optimizer = name.startswith("opt_state/") and splits_updates(mesh.abstract_mesh)
+        return NamedSharding(mesh, (update_spec if in_optimizer else _even_spec)(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _even_spec(name: str, shape: tuple[int, ...], mesh: Any) -> P:
+    """The table's row; a vocabulary too small to be padded, as of characters, stays whole where it does not divide."""
+    spec = spec_of(name)
+    odd = name.endswith(("token_embedding", "head")) and shape[0] % mesh.shape["tensor"]
+    return P(None, spec[1]) if odd else spec
+
+
+def update_spec(name: str, shape: tuple[int, ...], mesh: Any) -> P:
+    """How an optimizer's moments are split, and the update that they give: the table's row, and over the data axis too.
+
+    The data axis splits the first axis, after that of the layers, that it divides ("ZeRO", stage 1).
+    """
+    spec = _even_spec(name, shape, mesh)
+    axes = [() if axis is None else (axis,) for axis in (*spec, *[None] * (len(shape) - len(spec)))]
+    for i in range(len(shape) > 2, len(shape)):
+        if shape[i] % (mesh.shape["data"] * math.prod(mesh.shape[axis] for axis in axes[i])) == 0:
+            return P(*axes[:i], (*axes[i], "data"), *axes[i + 1 :])
+    return spec
+
+
+def splits_updates(mesh: jax.sharding.AbstractMesh) -> bool:
+    """Whether the data axis splits the optimizer's work; not on CPUs, whose devices share one memory."""
+    return mesh.shape["data"] > 1 and mesh.abstract_device is not None and mesh.abstract_device.platform != "cpu"
+
+
+def split_update(tree: Any) -> Any:
+    """Parameters or their gradients split as the optimizer's moments are, over the mesh in use."""
+    mesh = mesh_in_use()
+    if mesh.empty or not splits_updates(mesh):
+        return tree
+
+    def split(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(leaf, update_spec(path_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(split, tree)
 
 
 def with_shardings(mesh: Mesh, abstract: Any) -> Any:

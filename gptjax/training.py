@@ -20,7 +20,7 @@ from gptjax.config import Config
 from gptjax.loss import cross_entropy_sum, pieces_of
 from gptjax.model import GPT
 from gptjax.optimizer import freeze, make_optimizer, make_schedule
-from gptjax.sharding import batch_sharding, require_divisible, with_shardings
+from gptjax.sharding import batch_sharding, require_divisible, split_update, with_shardings
 
 
 class TrainState(NamedTuple):
@@ -113,11 +113,12 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     loss, grads = gradient(config, key, state.params, windows_ABW)
+    params, grads = split_update((state.params, grads))
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
-    updated = optax.apply_updates(state.params, updates), opt_state
+    updates, opt_state = _optimizer(config).update(grads, state.opt_state, params)
+    updated = split_update(optax.apply_updates(params, updates)), opt_state
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    params, opt_state = jax.tree.map(partial(jnp.where, finite), updated, (state.params, state.opt_state))
+    params, opt_state = jax.tree.map(partial(jnp.where, finite), updated, (params, state.opt_state))
     metrics = {
         "train_loss": loss,
         "grad_norm": grad_norm,

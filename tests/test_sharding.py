@@ -195,6 +195,16 @@ def test_cpu_devices_that_take_their_own_gradients_train_as_one_does(train, asse
     assert_same_training(train(CONFIG, PAIR, 4), train(CONFIG, ONE_DEVICE, 4), assert_trees_close)
 
 
+@pytest.mark.parametrize("config", [PLAIN, pytest.param(SPEEDRUN, marks=pytest.mark.slow)])
+def test_a_split_update_trains_as_one_device_does(monkeypatch, train, config, assert_trees_close):
+    """As on GPUs and TPUs: the data axis splits the optimizer's moments and its work."""
+    monkeypatch.setattr("gptjax.sharding.splits_updates", lambda mesh: mesh.shape["data"] > 1)
+    run = train(config, MeshConfig(data=4, fsdp=2))
+    assert_same_training(run, train(config, ONE_DEVICE), assert_trees_close)
+    moments = [sizes for name, sizes in run.shard_sizes.items() if "opt_state" in name and name.endswith("kernel")]
+    assert moments and all(8 * part == whole for part, whole in moments)
+
+
 def test_splits_fit_the_cache_and_divide_evenly(monkeypatch):
     monkeypatch.setattr(cpu, "CACHED_TOKENS", 10 * PLAIN.model.block_size)
     mesh = mesh_of(MESHES["2x2x2"])
