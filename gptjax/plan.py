@@ -22,7 +22,7 @@ from gptjax.planning.topology import find_topology
 @dataclass(frozen=True)
 class Arguments(Section):
     config: str | None = option(None, "Python file that builds a `config`; none: the defaults below")
-    topology: str = option("v5e:4x4", "as v5e:4x4, v5e-16, v5p:4x4x4, v5p-128, h100:8, h100:2x8 (nodes x GPUs)")
+    topology: str = option("v5e:4x4", "as v5e:4x4, v5e-16, v5e:16x16x2 (two slices), h100:8, h100:2x8 (nodes x GPUs)")
     mesh: str | None = option(None, "data x fsdp x tensor, as 1x16x1; none: the mesh fields below")
     price: float | None = option(None, "dollars per chip-hour")
     search: bool = option(False, "try micro-batches, remat and meshes, and recommend the fastest that fits")

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -58,17 +59,19 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes (data, fsdp, tensor) over which `batch_size` windows split evenly; an axis of -1 takes the rest.
 
-    With mesh.fsdp=0, fsdp takes the rest instead of data where the state fills more than half of a device's memory.
+    With mesh.fsdp=0, fsdp takes the rest instead of data where the state fills more than half of a device's memory. Of
+    several TPU slices each has whole groups of fsdp and tensor, so only the data axis crosses the network between them.
 
     Raises:
         UserError: the axes do not multiply to the number of devices, the batch does not split, or a process is left
             without a device.
     """
     devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     n_devices, sizes = len(devices), {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     if config.fsdp == 0:
         full = state_bytes / max(1, config.tensor) > memory(devices[0]) / 2
-        sizes |= {"data": 1, "fsdp": -1} if full and config.data == -1 else {"fsdp": 1}
+        sizes |= {"data": slices, "fsdp": -1} if full and config.data == -1 else {"fsdp": 1}
     asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if fixed > n_devices or (-1 in sizes.values() and n_devices % fixed):
@@ -86,13 +89,22 @@ def make_mesh(
     used = devices[: math.prod(sizes.values())]
     if len({device.process_index for device in used}) < len({device.process_index for device in devices}):
         raise UserError(f"{asked} leaves whole processes without a device: all {n_devices} devices must be on the mesh")
-    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    if sizes["data"] % slices:
+        raise UserError(f"{asked} does not fit {slices} slices: mesh.data must be a multiple of their number")
     try:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types, devices=used)
+        return _arrange(sizes, slices, used)
     except NotImplementedError as error:  # axes of a TPU's mesh are made of whole sides of its slice
         raise UserError(
             f"{asked} does not fit this slice: an axis has to be a product of sides of the slice"
         ) from error
+
+
+def _arrange(sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types, devices=devices)
+    in_slice = sizes["data"] // slices, sizes["fsdp"], sizes["tensor"]
+    return Mesh(create_hybrid_device_mesh(in_slice, (slices, 1, 1), devices), AXES, axis_types)
 
 
 def memory(device: jax.Device) -> float:

@@ -95,6 +95,8 @@ _LINE = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\((.*?)\)(, \w+
 _WIDTHS = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# A collective between TPU slices is a pair of send and recv, with these notes for the runtime of the network.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x.*_xla_megascale_transfer_type="(\w+)"')
 _FREE = "parameter constant tuple get-tuple-element bitcast while conditional call after-all async-start".split()
 _FREE_CALLS = re.compile("AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound|AsyncCollective")
 _VIEWS = ("bitcast", "reshape", "get-tuple-element")
@@ -181,7 +183,9 @@ class Program:
         for name, times in self.runs.items():
             for home, each in self._collectives_in(self.computations[name]):
                 kind, group = each.op.removesuffix("-start"), _first_group(each.attributes, self.n_devices)
-                if kind == "all-reduce" and self._is_scattered(home, each):
+                if between := _BETWEEN_SLICES.search(each.attributes):
+                    kind, group = between[2].lower().replace("_", "-"), _one_a_slice(between[1], self.n_devices)
+                elif kind == "all-reduce" and self._is_scattered(home, each):
                     kind = "reduce-scatter"
                 n, size = len(group), sum(shape_bytes(home[operand].shape) for operand in each.operands)
                 parts = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
@@ -194,10 +198,12 @@ class Program:
         # A TPU spreads a transfer over a chain of fusions and repeats it in each: the one with the start counts.
         starts = any("AsyncCollectiveStart" in i.attributes for i in computation.values())
         for each in computation.values():
+            between_slices = each.op == "send" and _BETWEEN_SLICES.search(each.attributes)
+            counts = each.op.removesuffix("-start") in _COLLECTIVES and (starts or "chain_id=" not in each.attributes)
             if each.op == "fusion":
                 for called in each.called("calls"):
                     yield from self._collectives_in(self.computations[called])
-            elif each.op.removesuffix("-start") in _COLLECTIVES and (starts or "chain_id=" not in each.attributes):
+            elif between_slices or counts:
                 yield computation, each
 
     def _is_scattered(self, computation: _Computation, each: _Instruction) -> bool:
@@ -269,6 +275,8 @@ class Program:
             gathered = _array_bytes(each.shape, True) if op.startswith("all-gather") else []
             times = 2 if op.startswith(("all-reduce", "collective-permute")) else 1
             return times * reads + max(gathered, default=0.0)
+        if op == "send":  # its result names the operand
+            return reads
         scratch = op == "custom-call" and "cublas" in each.attributes
         return reads + shape_bytes(each.shape.split("s8[")[0] if scratch else each.shape, True)
 
@@ -342,6 +350,13 @@ def _first_group(attributes: str, n_devices: int) -> tuple[int, ...]:
         chosen = [axis in re.findall(r"'(\w+)'", mesh[4]) for axis in axes]
         return tuple(devices[tuple(slice(None) if each else 0 for each in chosen)].flatten().tolist())
     return tuple(range(n_devices))
+
+
+def _one_a_slice(slices: str, n_devices: int) -> tuple[int, ...]:
+    """The first device of each slice, from a list of slices such as "1,2" or "1:4"."""
+    ends = [_integers(part.replace(":", ",")) for part in slices.split(",")]
+    n_slices = sum(part[-1] - part[0] + 1 for part in ends)
+    return tuple(range(0, n_devices, n_devices // n_slices))
 
 
 def _device_grid(dims: str | None, order: str | None, n_devices: int) -> np.ndarray:

@@ -244,12 +244,12 @@ def _shrinking(config: Config, topology: Topology, mesh: MeshConfig, remat: Any,
 
 
 def candidate_meshes(config: Config, topology: Topology) -> list[MeshConfig]:
-    """Meshes of all chips whose axes are products of the slice's sides, likely fastest first.
+    """Meshes of all chips whose axes are products of the slice's sides, likely fastest first; data spans the slices.
 
     Meshes that hold the state in a third of the memory come before others, less tensor parallelism before more, and
     fewer shards before more.
     """
-    model, n, sides = config.model, len(topology.devices), topology.sides
+    model, n, sides = config.model, len(topology.devices) // topology.slices, topology.sides
     if topology.platform == "gpu":
         sizes = {2**i for i in range(n.bit_length()) if n % 2**i == 0}
     else:
@@ -260,7 +260,9 @@ def candidate_meshes(config: Config, topology: Topology) -> list[MeshConfig]:
             data = n // (fsdp * tensor)
             shard = state / (fsdp * tensor)
             if data in sizes and shard < topology.capacity:
-                found.append((shard > topology.capacity / 3, tensor, fsdp, MeshConfig(data, fsdp, tensor)))
+                found.append(
+                    (shard > topology.capacity / 3, tensor, fsdp, MeshConfig(data * topology.slices, fsdp, tensor))
+                )
     return [mesh for *_, mesh in sorted(found, key=lambda each: each[:3])]
 
 

@@ -1,6 +1,7 @@
-"""Finds hardware by name for compilers that run without it: v5e:4x4, v5e-16, h100:8, h100:2x8."""
+"""Finds hardware by name for compilers that run without it: v5e:4x4, v5e-16, v5e:16x16x2, h100:8, h100:2x8."""
 
 import importlib.util
+import math
 import operator
 import os
 import re
@@ -19,6 +20,7 @@ INSTALL = "pip install -e '.[plan]', in an environment of its own"
 class TPU(NamedTuple):
     kind: str  # `device.device_kind`
     link: float  # bytes/s over one link of the torus, one way
+    network: float  # bytes/s over a chip's share of its host's network card, one way; 0 where Google states none
     memory: float  # GiB that a program can have
     max_sides: tuple[int, ...]  # of a slice
     cores: int  # how many each chip adds to the number in a product name
@@ -40,12 +42,13 @@ class GPU(NamedTuple):
 
 
 # link: Google's pages (flops.py) state all links of a chip, both ways, for v5e, v5p and v6e, and one way for v4.
+# network: the same pages, by chip (v5p) or by pod of 256 chips (v5e, v6e).
 # memory: libtpu's message when a program does not fit.
 TPUS = {
-    "v4": TPU("TPU v4", 2400e9 / 8 / 6, 30.75, (12, 16, 16), 2, {"chip_config_name": "megacore"}),
-    "v5e": TPU("TPU v5 lite", 400e9 / 2 / 4, 15.75, (16, 16), 1, {}),
-    "v5p": TPU("TPU v5", 1200e9 / 2 / 6, 95.74, (16, 20, 28), 2, {}),
-    "v6e": TPU("TPU v6 lite", 800e9 / 2 / 4, 31.25, (16, 16), 1, {}),
+    "v4": TPU("TPU v4", 2400e9 / 8 / 6, 0.0, 30.75, (12, 16, 16), 2, {"chip_config_name": "megacore"}),
+    "v5e": TPU("TPU v5 lite", 400e9 / 2 / 4, 6.4e12 / 8 / 256, 15.75, (16, 16), 1, {}),
+    "v5p": TPU("TPU v5", 1200e9 / 2 / 6, 50e9 / 8, 95.74, (16, 20, 28), 2, {}),
+    "v6e": TPU("TPU v6 lite", 800e9 / 2 / 4, 25.6e12 / 8 / 256, 31.25, (16, 16), 1, {}),
 }
 # link: the datasheets, which state both ways. network: the user guides of DGX A100, H100, H200 and B200.
 GPUS = {
@@ -54,7 +57,10 @@ GPUS = {
     "h200": GPU("NVIDIA H200", 450e9, 50e9, (9, 0), 132, 128, (228, 227), 52_428_800, 1.98, 151_397_597_184),
     "b200": GPU("NVIDIA B200", 900e9, 50e9, (10, 0), 148, 128, (228, 227), 132_644_864, 1.965, 191_514_411_008),
 }
-KNOWN = "TPU slices as v5e:4x4 or v5e-16 (v4, v5e, v5p, v6e), GPUs as h100:8 or h100:2x8 (a100, h100, h200, b200)"
+KNOWN = (
+    "TPU slices as v5e:4x4, v5e-16 or, two of them, v5e:16x16x2 (v4, v5e, v5p, v6e), "
+    "GPUs as h100:8 or h100:2x8 (a100, h100, h200, b200)"
+)
 
 
 class Topology(NamedTuple):
@@ -63,6 +69,7 @@ class Topology(NamedTuple):
     sides: tuple[int, ...]  # of a TPU slice in chips; for GPUs the nodes, and the GPUs in each
     capacity: int  # bytes of a device's memory that a program can have
     devices: Sequence[jax.Device]
+    slices: int = 1
 
     @property
     def platform(self) -> str:
@@ -78,19 +85,21 @@ class Topology(NamedTuple):
         """Bytes/s at which each of these devices can receive from the others, if the links are used fully.
 
         A TPU has one link along each side of the slice that the group spans, or two where that side is a ring. Between
-        nodes the network cards of all of a node's GPUs share what the node receives. Example: an all-gather of S bytes
-        over two nodes of 8 GPUs brings each GPU 15/16 S and each node S/2, 1/16 S per card.
+        nodes of GPUs, and slices of TPUs, the network cards of all devices of one share what it receives. Example: an
+        all-gather of S bytes over two nodes of 8 GPUs brings each GPU 15/16 S and each node S/2, 1/16 S per card.
         """
-        link = self.hardware.link
-        if isinstance(self.hardware, GPU):
-            nodes = len({device.process_index for device in group})
-            return link if nodes == 1 else min(link, self.hardware.network * (len(group) - 1) / (nodes - 1))
+        is_gpu = isinstance(self.hardware, GPU)
+        parts = len({device.process_index if is_gpu else getattr(device, "slice_index", 0) for device in group})
+        within = self.hardware.link if is_gpu else self._torus_bandwidth(group)
+        return within if parts == 1 else min(within or math.inf, self.hardware.network * (len(group) - 1) / (parts - 1))
+
+    def _torus_bandwidth(self, group: Sequence[Any]) -> float:
         spans = [len({device.coords[axis] for device in group}) for axis in range(len(self.sides))]
         # Sides of 16 chips are rings, and all sides of a slice made of cubes of 4 x 4 x 4.
         cubes = len(self.sides) == 3 and all(side % 4 == 0 for side in self.sides)
         rings = [side > 2 and (cubes or side == 16) for side in self.sides]
         both_ways = [span == side and ring for span, side, ring in zip(spans, self.sides, rings, strict=True)]
-        return link * sum(1 + two for span, two in zip(spans, both_ways, strict=True) if span > 1)
+        return self.hardware.link * sum(1 + two for span, two in zip(spans, both_ways, strict=True) if span > 1)
 
 
 def find_topology(name: str) -> Topology:
@@ -102,8 +111,11 @@ def find_topology(name: str) -> Topology:
     family, _, shape = libtpu_like.partition(":")
     sizes = tuple(int(n) for n in shape.split("x")) if re.fullmatch(r"\d+(x\d+)*", shape) else ()
     if family in TPUS:
-        sides = slice_sides(TPUS[family], sizes) if "-" in name or len(sizes) == 1 else sizes
-        return _find_tpu(name, family, sides)
+        tpu, slices = TPUS[family], 1
+        if len(sizes) == len(tpu.max_sides) + 1 and tpu.network:
+            sizes, slices = sizes[:-1], sizes[-1]
+        sides = slice_sides(tpu, sizes) if "-" in name or len(sizes) == 1 else sizes
+        return _find_tpu(name, family, sides, slices)
     if family in GPUS and 1 <= len(sizes) <= 2 and min(sizes) > 0:
         return _find_gpu(family, *(1, *sizes)[-2:])
     raise UserError(f"topology={name!r} is not known; known are {KNOWN}")
@@ -122,10 +134,10 @@ def slice_sides(tpu: TPU, sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(sides, reverse=chips == 4 and dims == 3))
 
 
-def _find_tpu(name: str, family: str, sides: tuple[int, ...]) -> Topology:
+def _find_tpu(name: str, family: str, sides: tuple[int, ...], slices: int) -> Topology:
     tpu = TPUS[family]
     fits = len(sides) == len(tpu.max_sides) and all(map(operator.le, sorted(sides), sorted(tpu.max_sides)))
-    if not fits or min(sides) < 1:  # the compiler aborts the process if a slice is too large
+    if not fits or min(*sides, slices) < 1:  # the compiler aborts the process if a slice is too large
         most = "x".join(map(str, tpu.max_sides))
         raise UserError(f"topology={name!r} is no slice of a {family} pod of {most} chips; known are {KNOWN}")
     if not importlib.util.find_spec("libtpu"):
@@ -137,8 +149,10 @@ def _find_tpu(name: str, family: str, sides: tuple[int, ...]) -> Topology:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # required, but the topology is given by name
     libtpu_name = f"{family}:{'x'.join(map(str, sides))}"
     host = {"chips_per_host_bounds": [*sides, 1][:3]} if sides in ((1, 1), (2, 4)) else {}
-    devices = _describe(name, platform="tpu", topology_name=libtpu_name, **tpu.options, **host)
-    return Topology(libtpu_name, tpu, sides, int(tpu.memory * 2**30), devices)
+    several = {"num_slices": slices} if slices > 1 else {}
+    devices = _describe(name, platform="tpu", topology_name=libtpu_name, **tpu.options, **host, **several)
+    full_name = f"{libtpu_name}x{slices}" if slices > 1 else libtpu_name
+    return Topology(full_name, tpu, sides, int(tpu.memory * 2**30), devices, slices)
 
 
 def _find_gpu(family: str, nodes: int, per_node: int) -> Topology:

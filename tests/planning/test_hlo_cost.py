@@ -173,6 +173,8 @@ ENTRY %main (p0: (s32[], bf16[12,8,128], bf16[12,8,128], bf16[2,128]), p1: f32[8
   %p0 = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) parameter(0)
   %p1 = f32[8,128]{1,0:T(8,128)} parameter(1)
   %while.1 = (s32[]{:T(128)}, bf16[12,8,128]{2,1,0}, bf16[12,8,128]{2,1,0}, bf16[2,128]{1,0}) while(%p0), condition=%condition, body=%body, metadata={op_name="jit(step)/jvp(GPT.hidden)/while"}
+  %token = token[] after-all()
+  %sent = (f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%p1, %token), channel_id=7, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1:2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %scattered = f32[1,128]{1,0:T(8,128)} fusion(%p1), kind=kCustom, calls=%scatter_fusion
 }
 """
@@ -181,12 +183,14 @@ ENTRY %main (p0: (s32[], bf16[12,8,128], bf16[12,8,128], bf16[2,128]), p1: f32[8
 def test_a_tpu_program_is_read():
     program = Program(TPU, 8)
     assert program.runs == {"main": 1, "body": 12}
-    gather, scatter = sorted(program.collectives(), key=lambda each: each.kind)
+    gather, between_slices, scatter = sorted(program.collectives(), key=lambda each: each.kind)
+    assert (between_slices.kind, between_slices.nbytes, between_slices.group) == ("all-reduce", 8 * 128 * 4, (0, 4))
     assert gather == ("all-gather", "bf16[8,128]", 3 * 2 * 128 * 2, (0, 2, 4, 6), 12)
     assert (scatter.kind, scatter.nbytes, scatter.times) == ("reduce-scatter", 8 * 128 * 4 * 7 / 8, 1)
     assert scatter.group == (0, 2, 4, 6, 1, 3, 5, 7)
-    # A trip reads a layer, whose copy stays on the chip, and writes one, each by a counter; the entry scatters p1.
-    stacks, scattered = 2 * (8 * 128 * 2 + 4), 8 * 128 * 4 + 128 * 4
+    # A trip reads a layer, whose copy stays on the chip, and writes one, each by a counter; the entry sends and scatters
+    # p1.
+    stacks, scattered = 2 * (8 * 128 * 2 + 4), 2 * 8 * 128 * 4 + 128 * 4
     gathered = program.traffic() - 12 * stacks - scattered  # at most: both fusions read a part, one writes the whole
     assert 0 <= gathered <= 12 * (2 * 2 * 128 * 2 + 8 * 128 * 2)
 

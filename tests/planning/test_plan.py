@@ -21,8 +21,17 @@ from gptjax.plan import main
 from gptjax.planning import plan as planning
 from gptjax.planning.hlo_cost import Part, Program
 from gptjax.planning.page import to_json, to_text
-from gptjax.planning.plan import CollectiveTotal, Plan, candidate_meshes, complete_config, micro_steps, search
+from gptjax.planning.plan import (
+    CollectiveTotal,
+    Plan,
+    candidate_meshes,
+    complete_config,
+    make_plan,
+    micro_steps,
+    search,
+)
 from gptjax.planning.topology import GPUS, TPUS, Topology, find_topology, slice_sides
+from gptjax.resolve import resolve
 from gptjax.sharding import AXES, make_mesh
 from gptjax.training import trace_train_step
 
@@ -45,7 +54,9 @@ def test_hardware_has_product_names_and_a_peak():
     assert all(Topology("", each, (1,), 0, []).peak.flops > 0 for each in (*TPUS.values(), *GPUS.values()))
 
 
-@pytest.mark.parametrize("name", ["v7:4", "v5e", "v5e:32x32", "v5e:4x4x4", "v5p:4x4", "h100:0", "a10:8", "v5e-12"])
+@pytest.mark.parametrize(
+    "name", ["v7:4", "v5e", "v5e:32x32", "v5e:4x4x0", "v4:2x2x1x2", "v5p:4x4", "h100:0", "a10:8", "v5e-12"]
+)
 def test_an_unknown_topology_is_one_line(name):
     with pytest.raises(UserError, match=re.escape(repr(name))) as raised:
         find_topology(name)
@@ -75,6 +86,14 @@ def test_gpus_of_several_nodes_share_their_network():
     assert (topology.bandwidth(nodes[0]), topology.bandwidth([nodes[0][0], nodes[1][0]])) == (450e9, 50e9)
     # An all-gather of S bytes brings each GPU 15/16 S, and each node S/2 over its eight network cards.
     assert topology.bandwidth(nodes[0] + nodes[1]) == min(450e9, 50e9 * 15)
+
+
+def test_slices_share_the_network_of_their_chips():
+    chips = [SimpleNamespace(coords=coords, slice_index=s) for s in (0, 1) for coords in np.ndindex(2, 2)]
+    topology = Topology("", TPUS["v5e"], (2, 2), 0, [], slices=2)
+    assert topology.bandwidth(chips[:4]) == 2 * 50e9
+    assert topology.bandwidth([chips[0], chips[4]]) == 6.4e12 / 8 / 256
+    assert topology.bandwidth(chips) == 7 * 6.4e12 / 8 / 256  # an all-gather brings each chip 7/8, each slice 1/2 by 4
 
 
 def test_the_vocabulary_without_the_tokenizer():
@@ -211,6 +230,22 @@ def test_the_command_plans_gpt2_for_a_slice(tpu):
     assert 1 < moved / (3 * 2 * found["parameters"] * 4) < 3  # two gathers and a scatter of bfloat16 in 4 micro-steps
     assert found["roofline_seconds"] == max(found["seconds"].values())
     assert "DOES NOT FIT" in planned("--topology", "v5e:2x2", "--train.accumulate", "1")
+
+
+@pytest.mark.slow
+def test_only_the_data_axis_crosses_the_network_between_slices(tpu):
+    topology = find_topology("v5e:2x2x2")
+    with pytest.raises(UserError, match="mesh.data=1 .* 2 slices"):
+        make_mesh(MeshConfig(1, 8, 1), 16, 0, topology.devices)
+    model = ModelConfig(vocab_size=512, block_size=128, n_layer=2, n_head=2, n_embd=256)
+    config = Config(
+        model=resolve(model, topology.devices[0]), mesh=MeshConfig(2, 4, 1), train=TrainConfig(batch_size=16)
+    )
+    plan = make_plan(config, topology)
+    assert plan.fits and topology.slices == 2 and len({device.slice_index for device in plan.mesh.devices[0].flat}) == 1
+    # An update's reduce-scatter and all-gather, or an all-reduce, of a quarter of the float32 parameters.
+    over = sum(each.bytes for each in plan.collectives if each.axes == "data")
+    assert 0.8 < over / (plan.parameters * 4 / 4) < 1.3, [each for each in plan.collectives]
 
 
 @pytest.mark.slow
