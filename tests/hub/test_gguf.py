@@ -209,11 +209,12 @@ def test_damaged_files(files, tmp_path):
     whole, path = files["gpt-2"].read_bytes(), tmp_path / "damaged.gguf"
     for n in [0, 3, 4, 8, 23, 24, *range(25, len(whole) - 1, len(whole) // 40), len(whole) - 40]:
         path.write_bytes(whole[:n])
-        refusal(path, "is no GGUF file of version 2 or 3, or is damaged")
+        refusal(path, "is no GGUF file of version 2 or 3, or is damaged", "it ends too early" if n > 24 else "")
     at = whole.index(b"token_embd.weight") + len(b"token_embd.weight")  # then dimensions, type and offset
     lies = {4: "<I1", 8: "<Q99999999999", 16: "<Q99999999999", 24: "<Q99999999999", at: "<I999999999"}
     lies |= {at + 4: f"<Q{1 << 62}", at + 12: f"<Q{1 << 40}", at + 20: "<I999", at + 24: f"<Q{(1 << 64) - 32}"}
-    lies |= {whole.index(b"tokenizer.ggml.merges") + 21 + 8: f"<Q{1 << 60}"}
+    for name in (b"tokenizer.ggml.merges", b"tokenizer.ggml.token_type"):  # then two types and the length
+        lies |= {whole.index(name) + len(name) + 8: f"<Q{1 << 60}"}
     for place, lie in lies.items():
         damaged = bytearray(whole)
         struct.pack_into(lie[:2], damaged, place, int(lie[2:]))
