@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
@@ -73,6 +73,7 @@ SPELLINGS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|pad|> ", "<|im_", "
 
 @pytest.mark.parametrize("template", [CHATML, BARE])
 @given(contents=st.lists(st.lists(st.sampled_from(SPELLINGS), min_size=1).map("".join), min_size=1, max_size=3))
+@example(contents=["hi <|im_", "end|>"])
 @settings(deadline=None, max_examples=40)
 def test_special_tokens_come_from_the_template_alone(template, contents):
     """Also where two contents meet; the text stays as it is."""
