@@ -4,6 +4,7 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import shutil
 from functools import cache, partial
 from pathlib import Path
@@ -289,8 +290,12 @@ def test_a_byte_order_mark_and_bytes_that_are_no_text(sample, write, instruct, t
     def typed(data):
         return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
 
-    monkeypatch.setattr("sys.stdin", typed(b"\xef\xbb\xbfabc"))
-    assert write(instruct, "--prompt_file", "-", *BRIEFLY) == expected
+    with open(tmp_path / "bom.txt", "rb") as file:
+        kept = os.dup(0)
+        os.dup2(file.fileno(), 0)
+        assert write(instruct, "--prompt_file", "-", *BRIEFLY) == expected
+        os.dup2(kept, 0)
+        os.close(kept)
     monkeypatch.setattr(chat, "render", lambda template, messages, _: chat._text(template, {"messages": messages}))
     monkeypatch.setattr("sys.stdin", typed(b"\xef\xbb\xbfabc\nw\xffhy\n\n"))
     assert write(instruct, "--chat", *BRIEFLY) == "\n".join(anew(instruct, ["abc", "w\ufffdhy"], temperature=0.0)[0])
