@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import chart
+from gptjax import chart, environment
 from gptjax.chart import Line
 from gptjax.config import Config, flat
 from gptjax.errors import UserError
-from gptjax.files import read_json, write_atomically
+from gptjax.files import write_atomically
 from gptjax.page import definitions, page
 from gptjax.report import Columns, Figures, count, loss_limits, measured, overfitting_onset, smooth, step_limits
 
@@ -33,11 +33,11 @@ def write_page(
 ) -> None:
     """Write report.html in a run's folder; `samples` are texts by the step of the checkpoint that wrote them.
 
-    Of environment.json, which describes the machine at each start of the run, it shows what can be read.
+    A damaged environment.json is left out.
     """
-    starts: Any = None
+    starts: list[dict[str, Any]] = []
     with contextlib.suppress(UserError):
-        starts = read_json(run_dir / "environment.json").get("starts")
+        starts = environment.read(run_dir)
     items = "".join(f"<li>{html.escape(text)}</li>" for text in advice or ["Nothing stands out in the run's figures."])
     body = (
         f'<div class="row" style="--n: 2"><div class="card"><h2>The run</h2>{definitions(facts)}</div>'
@@ -104,12 +104,12 @@ def _samples(samples: Mapping[int, str], metrics: Columns) -> str:
     )
 
 
-def _environment(starts: Any) -> str:
+def _environment(starts: Sequence[dict[str, Any]]) -> str:
     """Each start of the run without its config, the newest open."""
-    entries, parts = [entry for entry in starts if isinstance(entry, dict)] if isinstance(starts, list) else [], ""
-    for entry in entries:
-        newest = ' open=""' if entry is entries[-1] else ""
-        title = f"From step {entry.get('step')}, started {entry.get('time')}"
+    parts = ""
+    for entry in starts:
+        newest = ' open=""' if entry is starts[-1] else ""
+        title = f"From step {entry['step']:,}, started {entry.get('time')}"
         shown = _shown({name: value for name, value in entry.items() if name not in ("step", "time", "config")})
         parts += f"<details{newest}><summary>{html.escape(title)}</summary>{shown}</details>"
     return parts

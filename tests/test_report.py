@@ -222,14 +222,9 @@ def page_of(folder):
 def test_the_page_has_all_sections_and_needs_nothing_else(overfitted, tmp_path):
     folder = tmp_path / "<b>&'\""
     folder.mkdir()
-    entry = {
-        "step": 400,
-        "time": "today",
-        "versions": {"jax": "<i>"},
-        "code": {"diff": "+ <u>\n"},
-        "config": {"secret": 1},
-    }
-    (folder / "environment.json").write_text(json.dumps({"starts": [{}, "?", entry]}))
+    entry = {"step": 400, "time": "today", "hardware": {"devices": 2, "kind": "<i>"}, "code": {"diff": "+ <u>\n"}}
+    entry |= {"versions": {}, "variables": {}, "config": {"secret": 1}}
+    (folder / "environment.json").write_text(json.dumps({"starts": [entry, entry]}))
     run = Figures(overfitted, Config(), skipped=3)
     write_page(folder, run, facts(run), advice(run), {400: "early <script>", 1000: "late"})
     text, tree = page_of(folder)
