@@ -110,7 +110,7 @@ def load_run(path: Path, which: CheckpointName) -> tuple[Config, Any, Tokenizer]
     try:
         config = saved_config(path, name, step)
         abstract = with_shardings(one_device(), jax.eval_shape(lambda: init_state(config)).params)
-        trees, meta = Checkpoints(path / "checkpoints" / name, read_only=True).restore(step, params=abstract)
+        trees, meta = Checkpoints(path / "checkpoints" / name, read_only=True).restore(step=step, params=abstract)
     except UserError:
         if _steps(path, name) == before:
             raise
