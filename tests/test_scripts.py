@@ -81,6 +81,7 @@ def test_a_run_prints_its_progress_and_leaves_everything_in_its_folder(trained, 
     names = {
         ".lock",
         "config.json",
+        "environment.json",
         "tokenizer.json",
         "checkpoints",
         "metrics.csv",
