@@ -15,11 +15,12 @@ WORKS = {
     "shakespeare_10m_8_streams": ("shakespeare_10m", 8, 250),
     "gpt2_124m": ("gpt2_124m", 1, 100),
     "gpt2_124m_8_streams": ("gpt2_124m", 8, 100),
+    "gpt2_124m_64_streams": ("gpt2_124m", 64, 100),  # for GPUs
 }
 
 
 def main() -> None:
-    options = parser(__doc__, tuple(WORKS))
+    options = parser(__doc__, tuple(WORKS), tuple(WORKS)[:-1])
     options.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "int8"), default=["float32"])
     options.add_argument("--rival_dtype", choices=("float32", "bfloat16"), default="float32", help="nanoGPT's on CPUs")
     arguments = options.parse_args()

@@ -7,11 +7,11 @@ from functools import partial
 
 from benchmarks.paired import Contender, Result, in_turn, parser, show
 
-WORKS = ("nanogpt_cpu", "shakespeare_10m", "gpt2_124m", "gpt2_124m_16x1024")  # the last is one for GPUs
+WORKS = ("nanogpt_cpu", "shakespeare_10m", "gpt2_124m", "gpt2_124m_16x1024", "gpt2_350m_8x1024")  # two are for GPUs
 
 
 def main() -> None:
-    options = parser(__doc__, WORKS, WORKS[:-1])
+    options = parser(__doc__, WORKS, WORKS[:-2])
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our activations")
     options.add_argument("--rival_dtype", choices=("float32", "bfloat16"), default="float32", help="nanoGPT's on CPUs")
     arguments = options.parse_args()

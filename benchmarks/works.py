@@ -13,16 +13,19 @@ from gptjax.cli import load_config_file
 from gptjax.config import Config, DataConfig, ModelConfig, TrainConfig
 
 Work = tuple[dict[str, Any], Callable[[], float]]
-GPT2 = {"gpt2_124m": (2, 256), "gpt2_124m_16x1024": (16, 1024)}  # windows of so many tokens
+# Layers, heads and width; and windows of so many tokens.
+GPT2_SIZES = {"gpt2_124m": (12, 12, 768), "gpt2_350m": (24, 16, 1024)}
+GPT2 = {"gpt2_124m": (2, 256), "gpt2_124m_16x1024": (16, 1024), "gpt2_350m_8x1024": (8, 1024)}
 
 
 def config_of(work: str) -> Config:
     """The config of a piece of work, with the vocabulary size that its data would give."""
     if work in GPT2:
-        batch_size, block_size = GPT2[work]
+        (batch_size, block_size), (n_layer, n_head, n_embd) = GPT2[work], GPT2_SIZES[work[:9]]
+        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size}
         return Config(
             data=DataConfig(source=""),
-            model=ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=block_size, vocab_size=50257, bias=False),
+            model=ModelConfig(vocab_size=50257, bias=False, **sizes),
             train=TrainConfig(batch_size=batch_size),
         )
     config = load_config_file(Path("configs") / f"{work}.py")
@@ -47,20 +50,21 @@ def _windows(config: Config) -> np.ndarray:
     return np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
 
 
-def our_step(work: str, dtype: str) -> Work:
+def our_step(work: str, dtype: str, layers: Any = "auto", piece_share: float = 0.0) -> Work:
     """The step that train.py compiles, on as many CPU devices as there are cores."""
     config = config_of(work)
-    config = replace(config, model=replace(config.model, dtype=dtype))
+    config = replace(config, model=replace(config.model, dtype=dtype, layers=layers))
     from gptjax.host import use_cores
 
     use_cores(config.train.batch_size, 0)
     import jax
 
-    from gptjax import flops
+    from gptjax import flops, loss
     from gptjax.resolve import resolve
     from gptjax.sharding import batch_sharding, make_mesh
     from gptjax.training import compile_steps
 
+    loss.PIECE_SHARE = piece_share or loss.PIECE_SHARE
     config = replace(config, model=resolve(config.model, jax.devices()[0]))
     mesh = make_mesh(config.mesh, config.train.batch_size)
     steps = compile_steps(config, mesh)
