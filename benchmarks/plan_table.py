@@ -16,7 +16,7 @@ from benchmarks.paired import ROOT
 
 PLANS = ROOT / "benchmarks" / "plans.jsonl"
 ROWS = (
-    "--config configs/gpt2_124m.py --topology v5e:4x4 --mesh 1x16x1",
+    "--config configs/gpt2_124m.py --topology v5e:4x4",
     "--config configs/llama_7b.py --topology v5p:4x4x4 --mesh 4x16x1",
 )
 HEADS = "config | chips | mesh | micro-steps, remat | HBM, GiB | step, ms | k tokens/s | MFU | chip-hours | links, GB"

@@ -120,7 +120,7 @@ def to_json(plan: Plan, price: float | None) -> dict[str, Any]:
     timed = {
         "hbm_traffic_bytes": plan.hbm_traffic_bytes,
         "traffic_parts": [part._asdict() for part in plan.traffic_parts],
-        "instructions": [part._asdict() for part in plan.instructions],
+        "instructions": [part._asdict() for part in plan.instructions[:LARGEST]],
         "collectives": [asdict(each) for each in plan.collectives],
         "roofline_seconds": least,
         "serial_seconds": most,
