@@ -218,7 +218,7 @@ def _recorded(steps: Iterable[Any], first: int, last: int) -> set[int]:
 def _open(record: Record, step: int) -> Run:
     """The data and the compiled functions with which the run made `step`; what has changed since is noted."""
     config, start = record.config(step), record.start(step)
-    dataset, model = load_dataset(config.data), resolve(config.model, jax.default_backend())
+    dataset, model = load_dataset(config.data), resolve(config.model, jax.devices()[0])
     changes = _changes(start, environment.surroundings()) if start else []
     rows = config.train.batch_size // config.train.accumulate
     try:

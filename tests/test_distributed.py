@@ -179,7 +179,7 @@ def test_processes_with_different_data_are_refused(folder, tmp_path):
     (homes[1] / "text.txt").write_text((folder / "text.txt").read_text() + "x")
     with Group(folder, 2, "--out_dir", "run", cwd=homes) as group:
         for code, error in group.end():
-            words = r"error: process 1 \(.+\): data=\w+ here, but data=\w+ in process 0: start all"
+            words = r"error: process 1 \(.+\): data=[\w:]+ here, but data=[\w:]+ in process 0: start all"
             assert code != 0 and re.search(words, error), error
 
 

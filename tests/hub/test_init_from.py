@@ -74,7 +74,7 @@ def train(folder):
     data = ["--data.source", folder / "text.txt", "--data.dir", folder / "data"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "use_cores", lambda *arguments: None)  # conftest.py has set the devices
-        patch.setattr(script, "sample", lambda run_dir: "")
+        patch.setattr(script, "sample", lambda *arguments: "")
         patch.setattr(loop, "compile_steps", compile_steps)
         patch.setattr(report, "plot_losses", lambda *arguments, **options: None)
         yield lambda *arguments: script.main([*map(str, [*STEPS, *data, *arguments])])
@@ -192,7 +192,7 @@ def test_fields_of_a_checkpoint_are_its_own_and_all_others_the_runs(origin):
         (["--model.n_layer", "3"], "model.n_layer=3 is not what the checkpoint has (1)"),
         (["--data.tokenizer", "other.json"], "was made with another tokenizer than the weights of"),
         (["--init_from", "no such model"], "'no such model' does not exist"),
-        (["--out_dir", "origin"], "out_dir=origin is where the weights to start from are"),
+        (["--out_dir", "origin"], "origin holds another program's config.json, which a run would replace"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_run(train, folder, origin, monkeypatch, arguments, words):
