@@ -42,7 +42,10 @@ def one_line_errors() -> Iterator[None]:
             raise
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        print("error: " + " ".join(known[1].split()), file=sys.stderr)
+        try:
+            print("error: " + " ".join(known[1].split()), file=sys.stderr, flush=True)
+        except OSError:
+            discard(sys.stderr)
         sys.exit(known[0])
 
 
