@@ -90,14 +90,7 @@ def train(
     dataset = distributed.after_first("data", lambda: load_dataset(config.data))
     if weights:
         weights.require_fit(dataset, run_dir)
-    config = fit_to_data(config, dataset, saved)
-    model = resolve(config.model, jax.devices()[0])
-    config = replace(config, model=replace(config.model, dtype=model.dtype))
-    distributed.require_same("config", {"data": dataset.fingerprint(), "jax": jax.__version__} | flat(config))
-    n_bytes = state_bytes(config)
-    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate, n_bytes)
-    require_memory(mesh, n_bytes, config.train.batch_size * config.model.block_size)
-    config = replace(config, mesh=MeshConfig(**mesh.shape))  # a resumed run on this mesh is equal bit for bit
+    config, model, mesh = _fit_to_devices(fit_to_data(config, dataset, saved), dataset)
     if saved:
         require_resumable(saved, config, named)
     with ExitStack() as stack:
@@ -112,6 +105,9 @@ def train(
         else:
             state, progress = _start(run, weights), Progress(dataset.fingerprint())
         weights = None  # frees the parameters that it may hold
+        if distributed.is_first():
+            write_atomically(run_dir / "config.json", config.to_json())
+            write_atomically(run_dir / "tokenizer.json", dataset.tokenizer.to_json())
         if int(state.step) >= config.train.max_steps and (run_dir / "report.md").exists():
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
             return 0
@@ -136,6 +132,18 @@ def fit_to_data(config: Config, dataset: Dataset, saved: Config | None = None) -
     if saved and model.dtype == "auto":
         model = replace(model, dtype=saved.model.dtype)
     return replace(config, model=model)
+
+
+def _fit_to_devices(config: Config, dataset: Dataset) -> tuple[Config, ModelConfig, Mesh]:
+    """The config with its dtype and mesh, the model without "auto", and the mesh."""
+    model = resolve(config.model, jax.devices()[0])
+    config = replace(config, model=replace(config.model, dtype=model.dtype))
+    distributed.require_same("config", {"data": dataset.fingerprint(), "jax": jax.__version__} | flat(config))
+    n_bytes = state_bytes(config)
+    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate, n_bytes)
+    require_memory(mesh, n_bytes, config.train.batch_size * config.model.block_size)
+    config = replace(config, mesh=MeshConfig(**mesh.shape))  # a resumed run on this mesh is equal bit for bit
+    return config, model, mesh
 
 
 def _checkpoints(run_dir: Path, config: Config, resume: bool, stack: ExitStack) -> list[Checkpoints]:
@@ -205,9 +213,6 @@ def _train_and_report(
 ) -> int:
     """The loop and, if the run was not stopped, its report; the exit code."""
     config, start = run.config, int(state.step)
-    if distributed.is_first():
-        write_atomically(run.folder / "config.json", config.to_json())
-        write_atomically(run.folder / "tokenizer.json", run.dataset.tokenizer.to_json())
     step_flops = flops.step_flops(config, run.steps.state.params)
     _introduce(run, start, step_flops, peak)
     token_flops = step_flops / (config.train.batch_size * config.model.block_size)

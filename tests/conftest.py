@@ -27,7 +27,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from gptjax.config import Config, ModelConfig  # before the hook, whose errors would replace config.py's own
+from gptjax.config import ModelConfig  # before the hook, whose errors would replace config.py's own
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -35,6 +35,7 @@ jaxtyping.install_import_hook("gptjax", "beartype.beartype")
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.model import GPT
+from gptjax.run_dir import saved_config
 from gptjax.sharding import one_device, with_shardings
 from gptjax.training import init_state
 
@@ -107,7 +108,7 @@ def state_of() -> Callable[..., Any]:
     """The step of a run's latest checkpoint, and its arrays, on one device."""
 
     def read(run_dir: Path) -> tuple[int | None, Any]:
-        abstract = jax.eval_shape(lambda: init_state(Config.from_json(run_dir / "config.json")))
+        abstract = jax.eval_shape(lambda: init_state(saved_config(run_dir)))
         abstract = with_shardings(one_device(), abstract)
         checkpoints = Checkpoints(run_dir / "checkpoints" / "latest", read_only=True)
         return checkpoints.step, checkpoints.restore(params=abstract.params, opt_state=abstract.opt_state)[0]
