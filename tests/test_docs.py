@@ -43,6 +43,9 @@ SLOW = {
     "python train.py --resume --out_dir out/shakespeare --train.max_steps 5000 --optimizer.decay_steps 3000": (
         "--train.max_steps 3 --optimizer.decay_steps 2"
     ),
+    "python train.py --resume 1500 --out_dir out/shakespeare --optimizer.learning_rate 3e-4": (
+        "--resume 2 --train.max_steps 3 --optimizer.decay_steps 2"
+    ),
     "python sample.py --run out/shakespeare --num_samples 3 --temperature 0.7 --top_k 50 --seed 7": SHORT,
     "python train.py --init_from out/shakespeare --data.source more_text.txt --out_dir out/more": (
         f"{STEPS} --model.block_size 16"
