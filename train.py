@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         parser.add_fields(load_config_file(Path(arguments.config)) if arguments.config else Config())
         parser.parse(argv)
-    named = {argument.removeprefix("--").partition("=")[0].replace("-", "_") for argument in argv}
+    named = {argument.removeprefix("--").partition("=")[0] for argument in argv}
     with (
         distributed.joined(arguments.coordinator, arguments.num_processes, arguments.process_id),
         ExitStack() as lock,
