@@ -39,8 +39,10 @@ from gptjax.run_dir import saved_config
 from gptjax.sharding import one_device, with_shardings
 from gptjax.training import init_state
 
-# A pytest that runs in the background ignores Ctrl-C, and the processes that it starts would inherit that.
+# A pytest that runs in the background ignores Ctrl-C, or with nohup SIGHUP; the processes that it starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -167,7 +167,7 @@ def test_a_run_that_was_killed_before_its_first_save_begins_anew(folder):
     run_dir = folder / "early"
     train(folder, 1, "early", "--train.max_steps", "2")
     shutil.rmtree(run_dir / "checkpoints" / "latest")
-    assert (run_dir / "checkpoints" / "best").exists()
+    (run_dir / "checkpoints" / "best" / "2").rename(run_dir / "checkpoints" / "best" / "0")
     train(folder, 1, "early", "--auto_resume", "--train.max_steps", "3")
     assert Checkpoints(run_dir / "checkpoints" / "latest", read_only=True).step == 3
 
