@@ -117,7 +117,8 @@ def test_best_and_latest_are_both_kept_and_an_overfitting_run_can_stop_early(dat
 
 
 def test_a_run_that_diverges_skips_updates_and_then_ends_with_its_state_as_it_was(data, tmp_path, state_of, capsys):
-    config = config_with(data, optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=3, grad_clip=0.0))
+    optimizer = OptimizerConfig(learning_rate=1e30, warmup_steps=3, grad_clip=0.0)
+    config = config_with(data, optimizer=optimizer, mesh=MeshConfig(data=1))
     config = with_train(config, max_skipped=2, save_interval=1, max_steps=20)
     with pytest.raises(UserError, match=r"diverged: train_loss=.* and grad_norm=.* at step \d+ .* from tokens [\d, ]+"):
         train(config, tmp_path / "run", resume=False)
@@ -130,7 +131,8 @@ def test_a_run_that_diverges_skips_updates_and_then_ends_with_its_state_as_it_wa
 def test_a_run_continues_from_an_earlier_checkpoint_if_the_newest_is_damaged_or_unwanted(
     data, tmp_path, state_of, capsys
 ):
-    config, run_dir = with_train(config_with(data), save_interval=5, eval_interval=12), tmp_path / "run"
+    config, run_dir = config_with(data, mesh=MeshConfig(data=1)), tmp_path / "run"
+    config = with_train(config, save_interval=5, eval_interval=12)
     train(config, run_dir, resume=False)
     step, whole = state_of(run_dir)
     latest = run_dir / "checkpoints" / "latest"
