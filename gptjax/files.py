@@ -71,7 +71,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     with contextlib.ExitStack() as stack:
         if sys.platform != "win32":  # which replaces no open files
-            _ = _claim(stack.enter_context(temporary.open("ab")))
+            _ = claim(stack.enter_context(temporary.open("ab")))
         stack.callback(temporary.unlink, missing_ok=True)
         yield temporary
         sync(temporary)
@@ -83,11 +83,11 @@ def remove_leftovers(folder: Path, pattern: str = "*") -> None:
     """Remove the temporary files that `replacing` left for the files of a pattern, where their process is gone."""
     for path in folder.glob(f"{pattern}.????????.part"):
         with contextlib.suppress(OSError), path.open("ab") as file:
-            if _claim(file):
+            if claim(file):
                 path.unlink()
 
 
-def _claim(file: IO[Any]) -> bool:
+def claim(file: IO[Any]) -> bool:
     """Lock a file for this process; False if another one has the lock, or if there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,9 +129,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Return when the file or folder is on disk."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError:
+        if not path.is_dir():  # Windows opens no folders, and some network file systems sync none
+            raise

@@ -17,7 +17,7 @@ from gptjax.data.corpora import Corpus, between, open_corpus, with_progress
 from gptjax.data.integrity import Content, contents, place_of
 from gptjax.data.token_files import MANIFEST, Tokens, dtype_for, open_split, write_tokens
 from gptjax.errors import UserError
-from gptjax.files import LOCK, InUse, locked, read_json, write_atomically
+from gptjax.files import LOCK, claim, locked, read_json, write_atomically
 from gptjax.tokenizer import Tokenizer
 
 _VERSION = 1  # of how a text is prepared; after a change of it every text is prepared again
@@ -190,8 +190,9 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove the folders of preparations whose process is gone, known by their names and their locks."""
     for lock in folder.glob(f".*/{LOCK}"):
         if re.fullmatch(r"\..+-[0-9a-f]{8}-[0-9a-f]{8}(-outdated)?", lock.parent.name):
-            with contextlib.suppress(InUse, OSError), locked(lock.parent):
-                shutil.rmtree(lock.parent)
+            with contextlib.suppress(OSError), lock.open("ab") as file:
+                if claim(file):
+                    shutil.rmtree(lock.parent)
 
 
 def _move_into_place(made: Path, folder: Path, made_from: dict[str, Any]) -> None:
@@ -200,7 +201,7 @@ def _move_into_place(made: Path, folder: Path, made_from: dict[str, Any]) -> Non
         outdated = made.with_name(made.name + "-outdated")
         (folder / LOCK).touch()  # so that it is removed even if this process dies here
         os.rename(folder, outdated)
-        shutil.rmtree(outdated)
+        shutil.rmtree(outdated, ignore_errors=True)
     try:
         os.rename(made, folder)
     except OSError:
