@@ -116,9 +116,11 @@ def memory(device: jax.Device) -> float:
 def require_memory(mesh: Mesh, state_bytes: int, batch_tokens: int) -> None:
     """Raise `UserError` where a device cannot even hold its part of the train state and of a batch of token ids.
 
-    CPU devices share the memory that this process may use.
+    CPU devices share the memory that this process may use. Where the data axis splits the moments, they are left out.
     """
     devices, parts = mesh.local_devices, mesh.shape["fsdp"] * mesh.shape["tensor"]
+    if splits_updates(mesh.abstract_mesh):
+        parts *= 2  # of AdamW's state parameters and gradient are the half
     needed = state_bytes / parts + 4 * batch_tokens / (mesh.shape["data"] * mesh.shape["fsdp"])
     usable = usable_memory() / len(devices) if devices[0].platform == "cpu" else memory(devices[0])
     if needed > usable:
