@@ -54,7 +54,10 @@ def _require_vacant(path: Path) -> None:
             f"{path} holds {kept}, but no state of a run to continue: name another --out_dir (to start from these "
             f"parameters: --init_from {path})"
         )
-    if taken := [each for each in OWN_FILES if (path / each).exists() and not (path / LOCK).exists()]:
+    ours = (path / LOCK).exists()
+    with contextlib.suppress(UserError):
+        ours |= Config.from_json(path / "config.json") is not None  # of version 0.1, which had no locks
+    if taken := [each for each in OWN_FILES if (path / each).exists() and not ours]:
         raise UserError(f"{path} holds another program's {taken[0]}, which a run would replace: name another --out_dir")
 
 
@@ -133,7 +136,8 @@ def trained_tokens(path: Path, which: CheckpointName) -> int:
     """The tokens that a run's checkpoint was trained on, those of every epoch counted."""
     name, step = _checkpoint(path, which)
     config = saved_config(path, name, step)
-    step = step or Checkpoints(path / "checkpoints" / name, read_only=True).step or 0
+    if step is None:
+        step = Checkpoints(path / "checkpoints" / name, read_only=True).step or 0
     return step * config.train.batch_size * config.model.block_size
 
 
