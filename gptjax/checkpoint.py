@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -100,14 +101,19 @@ class Checkpoints:
             ) from error
 
     def drop_after(self, step: int, suffix: str | None = None) -> None:
-        """Delete the later checkpoints, which a run that resumes here writes again, or rename each to STEP.SUFFIX."""
+        """Delete the later checkpoints, which a run that resumes here writes again, or rename each to STEP.SUFFIX.
+
+        A checkpoint that already has that name is kept: the next one is STEP.SUFFIX-2.
+        """
         for later in [n for n in self.steps if n > step]:
             if suffix is None:
                 self._manager.delete(later)
             elif jax.process_index() == 0:
-                aside = self.folder / f"{later}.{suffix}"
-                shutil.rmtree(aside, ignore_errors=True)
+                numbers = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+                names = (self.folder / f"{later}.{suffix}{number}" for number in numbers)
+                aside = next(path for path in names if not path.exists())
                 (self.folder / str(later)).rename(aside)
+                print(f"note: the later checkpoint {self.folder / str(later)} is kept as {aside.name}")
         distributed.wait_for_all(f"drop/{self.folder.name}/{step}")
         self._manager.reload()
 
@@ -172,7 +178,8 @@ class Checkpoints:
         """
         if jax.process_index() == 0:
             for folder in self.folder.iterdir():
-                if folder.is_dir() and not (folder / CHECKSUMS).exists():
+                unfinished = folder.is_dir() and not folder.name.isdecimal()
+                if unfinished and not (folder / CHECKSUMS).exists():
                     files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
                     sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
                     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")

@@ -108,7 +108,8 @@ def train(
         if distributed.is_first():
             write_atomically(run_dir / "config.json", config.to_json())
             write_atomically(run_dir / "tokenizer.json", dataset.tokenizer.to_json())
-        if int(state.step) >= config.train.max_steps and (run_dir / "report.md").exists():
+        evaluated = progress.evaluated_step in (None, int(state.step))
+        if int(state.step) >= config.train.max_steps and evaluated and (run_dir / "report.md").exists():
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
             return 0
         return _train_and_report(run, state, progress, peak, stop, sample)
@@ -169,7 +170,7 @@ def _start(run: Run, weights: InitialWeights | None) -> TrainState:
 def _resume(run: Run, from_step: int | None) -> tuple[TrainState, Progress]:
     """The state of the newest intact checkpoint, or of `from_step`; later ones are set aside."""
     abstract, step = run.steps.state, _step_to_resume(run, from_step)
-    trees, meta = run.latest.restore(step, verified=True, params=abstract.params, opt_state=abstract.opt_state)
+    trees, meta = run.latest.restore(step, from_step is None, params=abstract.params, opt_state=abstract.opt_state)
     progress = Progress(**{name: value for name, value in meta.items() if name != "config"})
     if not run.dataset.matches(progress.data):
         raise UserError(
@@ -179,9 +180,20 @@ def _resume(run: Run, from_step: int | None) -> tuple[TrainState, Progress]:
     progress.data = max(progress.data, run.dataset.fingerprint(), key=len)  # version 0.1 saved a part of it
     run.latest.drop_after(step, "unused")
     run.best.drop_after(step, None if from_step is None else "unused")  # without a choice it is written again, alike
-    if run.best.step != progress.best_step:  # the run was killed between the two saves: the best one is found again
-        progress.best_step, progress.best_val_loss = 0, math.inf
+    if run.best.step != progress.best_step:  # the run was killed between the two saves
+        if progress.best_step == step:
+            progress.evaluated_step = step - 1  # so that this step is evaluated again
+        progress.best_step, progress.best_val_loss = _best_so_far(run)
     return TrainState(jax.device_put(np.int32(step), abstract.step.sharding), **trees), progress
+
+
+def _best_so_far(run: Run) -> tuple[int, float]:
+    """The step and the validation loss of the saved best parameters; 0 and infinity if there are none."""
+    try:
+        meta = run.best.restore()[1] if run.best.step is not None else {}
+    except UserError:  # damaged
+        meta = {}
+    return meta.get("best_step", 0), meta.get("best_val_loss", math.inf)
 
 
 def _step_to_resume(run: Run, from_step: int | None) -> int:
@@ -190,9 +202,6 @@ def _step_to_resume(run: Run, from_step: int | None) -> int:
         if from_step not in kept:
             steps = ", ".join(map(str, kept))
             raise UserError(f"{run.folder} has no checkpoint of step {from_step}: pass --resume with one of {steps}")
-        if later := [step for step in kept if step > from_step]:
-            names = " and ".join(f"{run.latest.folder / str(step)}.unused" for step in later)
-            print(f"note: later checkpoints are set aside as {names}: delete them when you need them no more")
         return from_step
     step = run.latest.newest_intact()
     if step is None:
@@ -222,7 +231,7 @@ def _train_and_report(
     ):
         metrics.skipped = progress.skipped
         step = _loop(run, state, progress, metrics, stop)
-    if stop.agreed and step < config.train.max_steps:
+    if stop.agreed and (step < config.train.max_steps or progress.evaluated_step != step):
         print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run.folder}")
         return 128 + stop.agreed
     if distributed.is_first():
@@ -273,13 +282,14 @@ def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics,
         return True
     progress.evaluated_step = step
     metrics.row(val_loss)
-    with metrics.pause("drawing"):
-        better = val_loss < progress.best_val_loss
-        if better:
-            progress.best_step, progress.best_val_loss = step, val_loss
-            if run.latest.step is None and step > 0:  # so best parameters without any state are a run cut short
-                _save(run, state, progress, metrics)
+    if better := val_loss < progress.best_val_loss:
+        progress.best_step, progress.best_val_loss = step, val_loss
+        if run.latest.step is None and step > 0:  # so best parameters without any state are a run cut short
+            _save(run, state, progress, metrics)
+            with metrics.pause("saving"):
                 run.latest.wait()
+    with metrics.pause("drawing"):
+        if better:
             run.best.save(step, _meta(run, progress), params=state.params)
         metrics.print(f"step {step:,}: validation loss {val_loss:.4f}" + (", the best so far" if better else ""))
         if distributed.is_first() and step:

@@ -142,11 +142,17 @@ def test_a_run_continues_from_an_earlier_checkpoint_if_the_newest_is_damaged_or_
     assert "latest/12 is damaged and not used" in capsys.readouterr().out
     assert jax.tree.all(jax.tree.map(np.array_equal, state_of(run_dir)[1], whole))
 
+    damaged = next(path for path in (latest / "10" / "params").rglob("d/*"))
+    data_before = damaged.read_bytes()
+    damaged.write_bytes(b"")
+    with pytest.raises(UserError, match="latest/10 is damaged"):
+        train(config, run_dir, resume=True, from_step=10)
+    damaged.write_bytes(data_before)
     with pytest.raises(UserError, match="no checkpoint of step 11: pass --resume with one of 10, 12"):
         train(config, run_dir, resume=True, from_step=11)
     gentler = replace(config, optimizer=replace(config.optimizer, learning_rate=5e-4))
     train(gentler, run_dir, resume=True, from_step=10, named={"optimizer.learning_rate"})
-    assert {path.name for path in latest.iterdir()} == {"10", "12", "12.unused"}
+    assert {path.name for path in latest.iterdir()} == {"10", "12", "12.unused", "12.unused-2"}
     assert not jax.tree.all(jax.tree.map(np.array_equal, state_of(run_dir)[1], whole))
     assert load_run(run_dir, "latest")[0].optimizer.learning_rate == 5e-4
 
