@@ -40,6 +40,7 @@ class Arguments(Section):
     min_p: float = option(0.0, "draw from tokens with at least this fraction of the likeliest token's probability")
     repetition_penalty: float | None = option(None, "above 1: makes repeats less likely; none: the model's own, or 1")
     seed: int = option(1337, "the same seed gives the same text; each further sample has the next seed")
+    log_probs: bool = option(False, "print each token with its log-probability in nats instead of the text")
 
     def validate(self) -> None:
         self.require_within(1, 2**16, "num_samples")
@@ -55,7 +56,7 @@ class Arguments(Section):
         self.require(not (self.prompt and self.prompt_file), "prompt", "and prompt_file cannot both be given")
         one = self.num_samples == 1 and len(self.prompt) < 2
         self.require(self.draft is None or one, "draft", "works for one sample of one prompt")
-        alone = not self.chat or (one and not (self.prompt or self.prompt_file))
+        alone = not self.chat or (one and not (self.prompt or self.prompt_file or self.log_probs))
         self.require(alone, "chat", "reads its prompts from the terminal, and draws one sample of each")
         self.require(self.chat or self.system is None, "system", "needs --chat")
         self.require(not (self.chat and self.special), "special", "is for prompts; messages of a chat are always text")
@@ -98,8 +99,13 @@ def complete(model: LanguageModel, draft: LanguageModel | None, arguments: Argum
     prompts = [model.tokenizer.prompt(text, special=arguments.special) for text in texts]
     seeds = [arguments.seed + i % arguments.num_samples for i in range(len(texts))]
     options = (arguments.max_new_tokens, arguments.sampling(model), seeds, arguments.stop)
+    stream = model.answer(prompts, *options, draft=draft)
+    if arguments.log_probs:
+        *_, answers = stream
+        print("\n\n".join(table(model, answer) for answer in answers))
+        return
     print(texts[0], end="", flush=True)
-    answers = show(model.answer(prompts, *options, draft=draft))
+    answers = show(stream)
     for text, answer in zip(texts[1:], answers[1:], strict=True):
         print(f"\n---------------\n{text}{answer.text}", end="")
     print()
@@ -112,6 +118,12 @@ def show(stream: Iterator[list[Answer]]) -> list[Answer]:
         print(answers[0].text[n_shown:], end="", flush=True)
         n_shown = len(answers[0].text)
     return answers
+
+
+def table(model: LanguageModel, answer: Answer) -> str:
+    """A line for each token: its log-probability and its text."""
+    pieces = [model.tokenizer.decode([token]) for token in answer.tokens]
+    return "\n".join(f"{nats:9.4f}  {piece!r}" for nats, piece in zip(answer.log_probs, pieces, strict=True))
 
 
 def chat(model: LanguageModel, draft: LanguageModel | None, arguments: Arguments) -> None:

@@ -174,16 +174,21 @@ def test_text_ends_before_a_stop_token(write, variant, model, tokens):
     assert write(folder, "--prompt", "abc", *GREEDY) == "abc" + model.tokenizer.decode(shown)
 
 
-def test_log_probabilities_are_the_models_own(model):
-    """Before temperature and rules."""
-    ids = [model.tokenizer.prompt(prompt) for prompt in ("abc", "why? be that")]
+def test_log_probabilities_are_the_models_own(write, base, model):
+    """Before temperature and rules, here top_k 200; to the four places that are printed."""
+    prompts = ["abc", "why? be that"]
+    options = ["--temperature", 1.5, "--max_new_tokens", 20, "--seed", 3]
+    printed = write(base, "--prompt", *prompts, *options, "--log_probs").split("\n\n")
+    ids = [model.tokenizer.prompt(prompt) for prompt in prompts]
     *_, answers = model.answer(ids, 20, Sampling(temperature=1.5, top_k=200), [3, 3])
-    for prompt, answer in zip(ids, answers, strict=True):
+    for lines, prompt, answer in zip(printed, ids, answers, strict=True):
         text = np.append(prompt, answer.tokens)
         log_probs_TV = log_probs_of(model, text)
         expected = log_probs_TV[np.arange(len(prompt) - 1, len(text) - 1), text[len(prompt) :].astype(int)]
         assert expected.min() < -1.5 and len(answer.tokens) == 20
-        np.testing.assert_allclose(answer.log_probs, expected, rtol=0, atol=1e-4)
+        shown = [float(line[:9]) for line in lines.split("\n")]
+        np.testing.assert_allclose(shown, expected, rtol=0, atol=1e-4)
+        assert [line[11:] for line in lines.split("\n")] == [repr(model.tokenizer.decode([t])) for t in answer.tokens]
 
 
 def test_several_prompts_are_as_each_alone(write, base):
@@ -319,10 +324,12 @@ def test_a_draft_of_other_tokens_is_refused_before_a_word_is_said(sample, base, 
     assert capsys.readouterr().out == ""
 
 
-def test_int8_says_much_the_same(base):
-    models = [LanguageModel.load(str(base), dtype=dtype) for dtype in ("auto", "int8")]
-    options = [[models[0].tokenizer.prompt("To be")], N_NEW, Sampling(temperature=0.0), [0]]
-    exact, rounded = [list(model.for_sampling().answer(*options))[-1][0].log_probs for model in models]
+def test_int8_says_much_the_same(write, base):
+    options = ["--prompt", "To be", *BRIEFLY, "--log_probs"]
+    exact, rounded = [
+        [float(line.split()[0]) for line in write(base, *options, "--dtype", dtype).splitlines()]
+        for dtype in ("auto", "int8")
+    ]
     assert exact != rounded and abs(exact[0] - rounded[0]) < 0.1
 
 
@@ -350,6 +357,7 @@ def test_an_empty_line_or_the_end_of_input_ends_a_conversation(talk, instruct):
         ("--chat --prompt a", "chat=True"),
         ("--num_samples 1000000000", "num_samples=1000000000"),
         ("--chat --num_samples 2", "chat=True"),
+        ("--chat --log_probs", "chat=True"),
         ("--chat", "base is not a chat model: it has no chat template"),
         ("--system brief", "system='brief'"),
         ("--chat --special", "special=True"),
