@@ -83,8 +83,7 @@ def train(
     the config may differ from that checkpoint's as `run_dir.require_resumable` says of `named`.
 
     Raises:
-        UserError: the config does not fit the data, the devices or the run to resume; the loss diverged; a checkpoint
-            cannot be read or written.
+        UserError: data, devices or the run to resume do not fit; the loss diverged; a checkpoint cannot be used.
     """
     saved = saved_config(run_dir, step=from_step) if resume else None
     dataset = distributed.after_first("data", lambda: load_dataset(config.data))
