@@ -94,8 +94,11 @@ class Checkpoints:
         except Exception as error:
             left = [step for step in self.steps if (self.folder / str(step)).is_dir()]
             kept = f"step {left[-1]} is the last complete one" if left else "there is no earlier one"
-            full = "No space left" in str(error)
-            reason, fix = ("the disk is full", "Free space") if full else (first_line(error), "Fix that")
+            reason, fix = first_line(error), "Fix that"
+            if "No space left" in str(error):
+                reason, fix = "the disk is full", "Free space"
+            elif "File too large" in str(error):
+                reason, fix = "a file would be larger than this process may write", "Raise `ulimit -f`"
             raise UserError(
                 f"cannot write a checkpoint in {self.folder}: {reason}; {kept}. {fix} and continue with --resume"
             ) from error

@@ -5,7 +5,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from gptjax.files import replacing
+from gptjax.files import replacing, user_cache
 
 MAX_BYTES = 2 << 30
 
@@ -53,17 +53,17 @@ def cache_compiled_programs() -> None:
     import jax
 
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(named) / "gptjax" if named else Path(parent) / "gptjax" / "xla"
-    if (named and "://" in named) or not (named or folder.is_absolute()):  # a bucket; no home folder
+    if named and "://" in named:  # a bucket
         return
     try:
+        folder = Path(named) / "gptjax" if named else user_cache("xla")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
     if not named:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    from jax._src import compilation_cache  # the only way to replace it
+    with contextlib.suppress(ImportError):  # a later JAX without this private module keeps its own cache
+        from jax._src import compilation_cache
 
-    vars(compilation_cache)["get_file_cache"] = lambda _: (ProgramCache(folder), str(folder))
+        vars(compilation_cache)["get_file_cache"] = lambda _: (ProgramCache(folder), str(folder))

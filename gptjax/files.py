@@ -1,6 +1,7 @@
 """Read JSON files with one-line errors, replace files atomically, and lock folders."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -125,6 +126,17 @@ def locked(folder: Path) -> Iterator[None]:
                 if os.listdir(folder) == [LOCK]:
                     (folder / LOCK).unlink()
                     folder.rmdir()
+
+
+def user_cache(name: str) -> Path:
+    """The folder for files that can be made again: ~/.cache/gptjax/NAME (XDG_CACHE_HOME replaces ~/.cache).
+
+    Raises `FileNotFoundError` where no home folder is known.
+    """
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if parent.startswith("~"):
+        raise FileNotFoundError(errno.ENOENT, "no home folder is known", parent)
+    return Path(parent, "gptjax", name)
 
 
 def sync(path: Path) -> None:

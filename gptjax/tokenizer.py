@@ -74,7 +74,7 @@ class Tokenizer:
         """
         if name == "gpt2":
             return cls._download("openai-community/gpt2")
-        path = Path(name).expanduser()
+        path = Path(name)
         if not path.is_dir():
             return cls.load(path)
         if (path / "tokenizer.json").exists():

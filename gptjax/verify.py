@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("python -m gptjax.verify", __doc__)
     parser.add_fields(Arguments())
     [arguments] = parser.parse(argv, Arguments())
-    folder = Path(arguments.run).expanduser()
+    folder = Path(arguments.run)
     if not holds_run(folder):
         raise UserError(f"{folder} holds no run with a checkpoint")
     config, starts = saved_config(folder), environment.read(folder)

@@ -59,7 +59,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(source).path)).name[-100:] or "page"
         _require_plain(name, source)
         return Corpus(Path(name).stem, source, (download(source, name, config),), read_text)
-    path = Path(source).expanduser().resolve()
+    path = Path(source).resolve()
     if not source or not path.exists():
         close = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""

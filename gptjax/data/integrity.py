@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.errors import UserError
-from gptjax.files import read_json, write_atomically
+from gptjax.files import read_json, user_cache, write_atomically
 from gptjax.host import n_cores
 
 RECORD = "checked.json"
@@ -78,8 +78,10 @@ def _state(path: Path, dtype: np.dtype) -> list[Any]:
 
 def _records(folder: Path) -> list[Path]:
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [folder / RECORD, Path(cache, "gptjax", "checked", f"{name}.json")]
+    places = [folder / RECORD]
+    with contextlib.suppress(FileNotFoundError):
+        places.append(user_cache("checked") / f"{name}.json")
+    return places
 
 
 def _write_first(paths: list[Path], text: str) -> None:

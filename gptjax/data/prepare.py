@@ -68,7 +68,7 @@ class Dataset(NamedTuple):
 
 def load_dataset(config: DataConfig) -> Dataset:
     """Open the token files in `config.source`, or else those of its text, which are prepared if they do not exist."""
-    folder = config.source.rstrip("/") if remote.is_url(config.source) else Path(config.source).expanduser()
+    folder = config.source.rstrip("/") if remote.is_url(config.source) else Path(config.source)
     if not _has_token_files(folder):
         if isinstance(folder, str):
             raise UserError(f"{folder} holds no token files: make some with `python -m gptjax.data tokenize`")
@@ -86,7 +86,7 @@ def prepare(config: DataConfig) -> Path:
     The folder gets its name when it is complete, so two preparations at once do no harm. What a preparation that died
     left is removed by the next one.
     """
-    if _has_token_files(Path(config.source).expanduser()):
+    if _has_token_files(Path(config.source)):
         raise UserError(f"{config.source} holds token files already: train on them with --data.source {config.source}")
     try:
         Path(config.dir).mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -15,7 +14,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
+from gptjax.files import user_cache, write_atomically
 from gptjax.hub.families import Family, expected_tensors, parse_config
 from gptjax.hub.gguf_tokenizer import side_files
 from gptjax.model import ROPE_HIGH, ROPE_LOW, rope_angles
@@ -97,8 +96,7 @@ def side_folder(path: Path) -> Path:
     """A folder in the cache with the tokenizer.json, chat template and stop tokens that a GGUF file holds."""
     files = _side_files(path, path.stat().st_mtime_ns)
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "gguf"
-        folder = cache / hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+        folder = user_cache("gguf") / hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             if not (folder / name).exists() or (folder / name).read_text("utf-8") != text:

@@ -53,7 +53,7 @@ def locate(name: str) -> Path:
 
     Raises `UserError` if there is no such path, and no such model or no network.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.exists():
         return path
     if name == "smollm2":

@@ -90,7 +90,7 @@ class LanguageModel:
         defaults = _read_rules(folder / "generation_config.json")
         stops = [*stop_ids(folder), tokenizer.token_id(special.get("eos_token", "")), tokenizer.end_of_text]
         stop_tokens = frozenset(token for token in stops if token is not None)
-        shown = path.resolve().name if Path(name).expanduser().exists() else name  # the hub's folders are checksums
+        shown = path.resolve().name if Path(name).exists() else name  # the hub's folders are checksums
         return cls(shown, config, params, tokenizer, template, special, stop_tokens, defaults, train_tokens, folder)
 
     def for_sampling(self) -> "LanguageModel":
