@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import re
 import runpy
 import traceback
@@ -50,8 +51,9 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises `UserError` and takes its options from dataclasses."""
 
     def __init__(self, prog: str, description: str | None, add_help: bool = True) -> None:
-        super().__init__(prog, "%(prog)s [options]", description, add_help=add_help, allow_abbrev=False)
-        self.formatter_class = partial(argparse.HelpFormatter, max_help_position=34, width=110)
+        text = description and inspect.cleandoc(description)
+        super().__init__(prog, "%(prog)s [options]", text, add_help=add_help, allow_abbrev=False)
+        self.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=110)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
