@@ -36,31 +36,31 @@ def split_gradient(gradient: Callable[..., Any], config: Config, mesh: Mesh) -> 
     On a mesh of data alone each device takes the gradient of its own splits, followed by one all-reduce of the
     flattened gradient. The numbers of the splits key dropout, so one device and several draw the same masks.
     """
-    S, n_data = n_splits(config, mesh), mesh.shape["data"]
+    n, n_data = n_splits(config, mesh), mesh.shape["data"]
     by_device = mesh.size == n_data > 1 and not config.model.lora_rank
     if by_device and not config.model.drops:  # with dropout the number of splits must not depend on the devices
-        S *= n_data
-    by_device = by_device and S % n_data == 0
+        n *= n_data
+    by_device = by_device and n % n_data == 0
 
-    def of_splits(key: Any, params: Any, windows_ABW: Any, number_AS: Any) -> Any:
-        (A, B, W), S = windows_ABW.shape, number_AS.shape[1]
-        windows = windows_ABW.reshape(A * S, B // S, W)
-        if S > 1 and not mesh_in_use().empty:
+    def of_splits(key: Any, params: Any, windows_ABW: Any, numbers: Any) -> Any:
+        (A, B, W), n = windows_ABW.shape, numbers.shape[1]
+        windows = windows_ABW.reshape(A * n, B // n, W)
+        if n > 1 and not mesh_in_use().empty:
             windows = jax.lax.with_sharding_constraint(windows, PartitionSpec(None, BATCH_AXES))
-        return gradient(config, key, params, windows, number_AS.reshape(-1))
+        return gradient(config, key, params, windows, numbers.reshape(-1))
 
     def of_device(*arguments: Any) -> Any:
         flat, unravel = ravel_pytree(of_splits(*arguments))
         return unravel(jax.lax.pmean(flat, "data"))
 
     def whole(config: Config, key: Any, params: Any, windows_ABW: Any) -> Any:
-        number_AS = jnp.arange(len(windows_ABW) * S).reshape(-1, S)
+        numbers = jnp.arange(len(windows_ABW) * n).reshape(-1, n)
         if not by_device:
-            return of_splits(key, params, windows_ABW, number_AS)
+            return of_splits(key, params, windows_ABW, numbers)
         split = PartitionSpec(None, "data")
         specs = (PartitionSpec(), PartitionSpec(), split, split)
         mapped = jax.shard_map(of_device, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-        return mapped(key, params, windows_ABW, number_AS)
+        return mapped(key, params, windows_ABW, numbers)
 
     return whole
 

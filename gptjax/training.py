@@ -100,25 +100,34 @@ def gradient(
     return jax.lax.scan(accumulate, zero, (windows_ABW, number_A))[0]
 
 
+def select(pred: jax.Array, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any) -> Any:
+    """`jax.lax.cond` that computes both branches: an accelerator need not wait for `pred`."""
+    return jax.tree.map(partial(jnp.where, pred), true_fun(*operands), false_fun(*operands))
+
+
 def train_step(
     config: Config,
     state: TrainState,
     windows_ABW: Int[Array, "A B W"],
     gradient: Callable[..., tuple[jax.Array, Any]] = gradient,
+    cond: Callable[..., Any] = select,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the mean loss of all A x B windows: the next state, and metrics.
 
     Dropout is keyed by train.seed and the step, so the result is a function of state and batch alone. Where the loss or
-    the gradient is not finite, parameters and optimizer state stay as they are.
+    the gradient is not finite, parameters and optimizer state stay as they are: `cond` is `select` or `jax.lax.cond`.
     """
+
+    def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
+        updates, opt_state = _optimizer(config).update(grads, opt_state, params)
+        return split_update(optax.apply_updates(params, updates)), opt_state
+
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     loss, grads = gradient(config, key, state.params, windows_ABW)
     params, grads = split_update((state.params, grads))
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = _optimizer(config).update(grads, state.opt_state, params)
-    updated = split_update(optax.apply_updates(params, updates)), opt_state
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    params, opt_state = jax.tree.map(partial(jnp.where, finite), updated, (params, state.opt_state))
+    params, opt_state = cond(finite, update, lambda *old: old, params, state.opt_state)
     metrics = {
         "train_loss": loss,
         "grad_norm": grad_norm,
@@ -157,7 +166,8 @@ def _jit_train_step(config: Config, mesh: Mesh, state: TrainState) -> Any:
     split = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = partial(train_step, config)
     if cpu.is_cpu(mesh):
-        step = partial(step, gradient=cpu.split_gradient(gradient, config, mesh))
+        # A branch instead of a selection: a CPU would copy the whole state.
+        step = partial(step, gradient=cpu.split_gradient(gradient, config, mesh), cond=jax.lax.cond)
     inputs, outputs = (split, batch_sharding(mesh)), (split, NamedSharding(mesh, PartitionSpec()))
     return jax.jit(step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)
 
