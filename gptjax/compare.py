@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax import host
-from gptjax.cli import parse_arguments
+from gptjax.cli import parse_arguments, program
 from gptjax.config import Section, argument, option
 from gptjax.data.corpora import read_text
 from gptjax.errors import UserError, one_line_errors
-from gptjax.files import write_atomically
+from gptjax.files import shipped, write_atomically
 from gptjax.hub.weights import locate, open_weights
 from gptjax.inference.language_model import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Answer, Dtype, LanguageModel, Which
 from gptjax.inference.sampling import Sampling
@@ -26,18 +26,18 @@ from gptjax.page import definitions, page
 from gptjax.run_dir import holds_run
 
 CHAT = "a chat"  # how an instruction model is asked
-PROMPTS = Path(__file__).parent.parent / "prompts" / "case_study.txt"
+PROMPTS = shipped("prompts") / "case_study.txt"
 
 
 @dataclass(frozen=True)
 class Arguments(Section):
     models: tuple[str, ...] = argument(f"each is {MODEL_HELP}", many=True)
-    prompts: str = option(str(PROMPTS), "file of prompts, one on each line")
+    prompts: str = option(str(PROMPTS), "file of prompts, one on each line", metavar="PATH")
     temperature: tuple[float, ...] = option((0.0, 0.8), "one answer at each; 0: always the likeliest token")
     max_new_tokens: int = option(100, "the most tokens in an answer")
     system: str | None = option(None, "the system message of instruction models", prose=True)
     seed: int = option(1337, "the same seed gives the same answers")
-    out: str = option("compare", "the pages are named OUT.html and OUT.md")
+    out: str = option("compare", "the pages are named OUT.html and OUT.md", metavar="OUT")
     checkpoint: Which = option("best", CHECKPOINT_HELP)
     dtype: Dtype = option("auto", DTYPE_HELP)
 
@@ -78,7 +78,7 @@ class Column:
 
 
 def main(argv: Sequence[str]) -> None:
-    arguments = parse_arguments("python -m gptjax.compare", __doc__, argv, Arguments())
+    arguments = parse_arguments(program("compare"), __doc__, argv, Arguments())
     host.prepare()
     prompts = arguments.read_prompts()
     pages = [Path(f"{arguments.out}.html"), Path(f"{arguments.out}.md")]

@@ -20,8 +20,8 @@ def option(default: Any, help: str, **notes: Any) -> Any:
 
     Notes are `free_on_resume` (a resumed run may change the field, since it changes no step's result up to rounding),
     `remedy` (a resumed run may change it where the command line names it: a way out of divergence), `const` (the value
-    of an option without one), `prose` (a leading ~ is not the home folder) and, for model fields, `architecture` (the
-    weights determine the field; if false each run chooses it).
+    of an option without one), `prose` (a leading ~ is not the home folder), `metavar` and `group` (in `--help`) and,
+    for model fields, `architecture` (the weights determine the field; if false each run chooses it).
     """
     usual = {"free_on_resume": False, "remedy": False, "architecture": True}
     return field(default=default, metadata={"help": help} | usual | notes)
@@ -95,6 +95,7 @@ class DataConfig(Section):
         "shakespeare",
         "'shakespeare' (the complete plays, bundled), a UTF-8 text file, a folder of them, a URL, "
         "or a folder of token files (nanoGPT's train.bin and val.bin, or llm.c's shards), also at gs:// or s3://",
+        metavar="PATH",
     )
     tokenizer: str = free("char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json")
     vocab_size: int = option(4096, "size of the vocabulary that a 'bpe' tokenizer learns")
@@ -104,7 +105,7 @@ class DataConfig(Section):
     )
     seed: int | None = remedy(None, "random seed of the batches; none: train.seed")
     sha256: str | None = free(None, "SHA-256 that a download must have")
-    dir: str = free("data", "folder for token files and downloads")
+    dir: str = free("data", "folder for token files and downloads", metavar="PATH")
 
     def validate(self) -> None:
         self.require(self.vocab_size >= 257, "vocab_size", "is less than 257: 256 bytes and the end-of-text token")
@@ -332,6 +333,8 @@ class Config(Section):
         "weights to start from: a Hugging Face folder, the name of a model on its hub, a GGUF file, a run's folder or "
         "nanoGPT's ckpt.pt; model fields then come from there, but for block_size (which may be less), dropout, dtype "
         "and lora_*",
+        group="run",
+        metavar="MODEL",
     )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

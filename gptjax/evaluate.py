@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import Progress
 
 from gptjax import host
-from gptjax.cli import parse_arguments
+from gptjax.cli import parse_arguments, program
 from gptjax.config import Section, argument, option
 from gptjax.data.corpora import read_text
 from gptjax.data.token_files import Tokens, dtype_for
@@ -30,8 +30,12 @@ _BATCH = 64  # windows or questions that are scored between two steps of the pro
 @dataclass(frozen=True)
 class Arguments(Section):
     model: str = argument(MODEL_HELP)
-    text: str | None = option(None, "file to predict: UTF-8 text, or a .bin file of the model's own tokens")
-    hellaswag: str | None = option(None, 'choose an ending: JSONL of {"ctx": ..., "endings": [...], "label": ...}')
+    text: str | None = option(
+        None, "file to predict: UTF-8 text, or a .bin file of the model's own tokens", metavar="PATH"
+    )
+    hellaswag: str | None = option(
+        None, 'choose an ending: JSONL of {"ctx": ..., "endings": [...], "label": ...}', metavar="PATH"
+    )
     block_size: int = option(1024, "text: tokens in a window, at most the model's block_size")
     stride: int | None = option(None, "text: tokens scored in each window; fewer: more context, but slower; none: all")
     checkpoint: Which = option("best", CHECKPOINT_HELP)
@@ -45,7 +49,7 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
-    arguments = parse_arguments("python -m gptjax.evaluate", __doc__, argv, Arguments())
+    arguments = parse_arguments(program("evaluate"), __doc__, argv, Arguments())
     host.prepare()
     paths = {name: Path(path) for name in ("text", "hellaswag") if (path := getattr(arguments, name))}
     if not paths:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gptjax.cli import parse_arguments
+from gptjax.cli import parse_arguments, program
 from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.hub.export import export
@@ -38,7 +38,7 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
-    arguments = parse_arguments("python -m gptjax.export", __doc__, argv, Arguments())
+    arguments = parse_arguments(program("export"), __doc__, argv, Arguments())
     folder = Path(arguments.folder).absolute()
     to_file = folder.suffix == ".gguf"
     if folder.exists() and (to_file or not folder.is_dir() or any(folder.iterdir())):

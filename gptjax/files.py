@@ -139,6 +139,12 @@ def user_cache(name: str) -> Path:
     return Path(parent, "gptjax", name)
 
 
+def shipped(folder: str) -> Path:
+    """The folder "configs" or "prompts" that comes with gptjax: in its package, or beside that in a checkout."""
+    package = Path(__file__).parent
+    return package / folder if (package / folder).is_dir() else package.parent / folder
+
+
 def sync(path: Path) -> None:
     """Return when the file or folder is on disk."""
     try:

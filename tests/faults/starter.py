@@ -6,13 +6,13 @@ forked from this one, which has done the imports; what runs is train.py as from 
 
 import json
 import os
-import runpy
 import sys
-from pathlib import Path
 
+import gptjax.hub.init_from  # noqa: F401
+import gptjax.inference.language_model  # noqa: F401
+import gptjax.loop  # noqa: F401
 from gptjax.errors import LenientOutput, one_line_errors
-
-main = runpy.run_path(str(Path(__file__).parents[2] / "train.py"))["main"]
+from gptjax.train import main
 
 for line in sys.stdin:
     output, arguments = json.loads(line)

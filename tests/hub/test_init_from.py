@@ -1,6 +1,5 @@
 """Runs that start from other weights: they begin with the same loss, keep the side files, and are self-contained."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -12,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import loop, report
+import gptjax.train
+from gptjax import host, loop, report
 from gptjax.config import Config, ModelConfig
 from gptjax.data.prepare import load_dataset
 from gptjax.errors import UserError
@@ -68,16 +68,13 @@ def train(folder):
         config = replace(config, init_from=None, data=Config().data, train=replace(config.train, max_steps=4))
         return compiled(config, *arguments, **options)
 
-    spec = importlib.util.spec_from_file_location("train", Path(__file__).parents[2] / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     data = ["--data.source", folder / "text.txt", "--data.dir", folder / "data"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "use_cores", lambda *arguments: None)  # conftest.py has set the devices
-        patch.setattr(script, "sample", lambda *arguments: "")
+        patch.setattr(host, "use_cores", lambda *arguments: None)  # conftest.py has set the devices
+        patch.setattr(gptjax.train, "sample", lambda *arguments: "")
         patch.setattr(loop, "compile_steps", compile_steps)
         patch.setattr(report, "plot_losses", lambda *arguments, **options: None)
-        yield lambda *arguments: script.main([*map(str, [*STEPS, *data, *arguments])])
+        yield lambda *arguments: gptjax.train.main([*map(str, [*STEPS, *data, *arguments])])
 
 
 @pytest.fixture(scope="module")

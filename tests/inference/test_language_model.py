@@ -1,19 +1,18 @@
 """sample.py in this process: how an answer ends, which rules it follows, what a conversation is."""
 
-import importlib.util
 import io
 import itertools
 import json
 import os
 import shutil
 from functools import cache, partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import scipy.special
 
+from gptjax import sample
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.hub.export import export
@@ -21,6 +20,7 @@ from gptjax.inference import chat_template as chat
 from gptjax.inference import generate
 from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import Sampling
+from gptjax.inference.terminal import sampling_rules
 from gptjax.model import GPT
 from gptjax.tokenizer import Tokenizer
 
@@ -34,14 +34,6 @@ def each_folder_is_loaded_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageModel, "load", cache(LanguageModel.load))
         yield
-
-
-@pytest.fixture(scope="module")
-def sample():
-    spec = importlib.util.spec_from_file_location("sample", Path(__file__).parents[2] / "sample.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +75,7 @@ def variant(base):
 
 
 @pytest.fixture
-def write(sample, capsys):
+def write(capsys):
     """What sample.py prints, without the new line at the end."""
 
     def write(folder, *arguments):
@@ -224,7 +216,7 @@ GIVEN = {"temperature": 0.0, "top_k": 0, "top_p": 0.5, "repetition_penalty": 2.0
 )
 def test_rules_are_those_given_then_the_makers_then_the_usual(sample, variant, makers, given, expected):
     model = LanguageModel.load(str(variant(generation_config=makers)))
-    assert sample.Arguments(**given).sampling(model) == Sampling(**expected)
+    assert sampling_rules(model, sample.Arguments(**given).rules) == Sampling(**expected)
 
 
 @pytest.mark.parametrize("values", [{"temperature": "hot"}, {"top_k": -3}, {"top_p": 1.5}, {"eos_token_id": [[1]]}])

@@ -1,0 +1,63 @@
+"""The command `gptjax`: each command of the package by its name, as in `gptjax train --config shakespeare`."""
+
+import difflib
+import importlib
+import importlib.metadata
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from gptjax.errors import LenientOutput, UserError, one_line_errors
+
+COMMANDS = {  # each is gptjax/NAME.py or gptjax/NAME/__main__.py, with a function main
+    "train": "train a GPT, or resume a run",
+    "sample": "generate text, or chat with a model",
+    "compare": "answers of several models to the same prompts, side by side on one page",
+    "evaluate": "loss of a text, or HellaSwag",
+    "export": "write a folder for transformers, or a GGUF file for llama.cpp",
+    "verify": "show that a run's files are what it computed",
+    "plan": "memory, speed and cost of a run on hardware that is not here",
+    "data": "prepare a text, or tokenize a corpus that does not fit in memory",
+}
+
+
+def main() -> NoReturn:
+    """Run the command that the command line names first."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        run_command(name, arguments)
+    with one_line_errors():
+        if name in ("-h", "--help"):
+            print(_overview())
+        elif name == "--version":
+            print(f"gptjax {importlib.metadata.version('gptjax')}")
+        else:
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            raise UserError(f"no command {name}" + (f"; did you mean {near[0]}?" if near else " (see gptjax --help)"))
+    sys.exit(0)
+
+
+def run_command(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command in this process and end it: by default with the arguments of the command line."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, with which matplotlib may not even be imported
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
+    module = importlib.import_module(f"gptjax.{name}.__main__" if name == "data" else f"gptjax.{name}")
+    with one_line_errors():
+        if name == "train":
+            sys.stdout = LenientOutput(sys.stdout)
+        sys.exit(module.main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: gptjax COMMAND [options]", "", *lines, "", "gptjax COMMAND --help explains the options of a command."]
+    )
+
+
+if __name__ == "__main__":
+    main()
