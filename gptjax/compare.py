@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax import host
-from gptjax.cli import parse_arguments, program
+from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, Which, parse_arguments, program
 from gptjax.config import Section, argument, option
 from gptjax.data.corpora import read_text
 from gptjax.errors import UserError, one_line_errors
 from gptjax.files import shipped, write_atomically
 from gptjax.hub.weights import locate, open_weights
-from gptjax.inference.language_model import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Answer, Dtype, LanguageModel, Which
+from gptjax.inference.language_model import CHAT, Answer, LanguageModel
 from gptjax.inference.sampling import Sampling
 from gptjax.page import definitions, page
 from gptjax.run_dir import holds_run
 
-CHAT = "a chat"  # how an instruction model is asked
 PROMPTS = shipped("prompts") / "case_study.txt"
 
 
@@ -103,7 +102,7 @@ def ask(name: str, prompts: Sequence[str], arguments: Arguments) -> Column:
     model = LanguageModel.load(name, arguments.checkpoint, arguments.dtype).for_sampling()
     picture = path.read_bytes() if (path := model.folder / "loss.png").exists() else None
     unique = sum(Path(other).name == Path(name).name for other in arguments.models) == 1
-    column = Column(model.name if unique else name, facts(model), picture, {}, {})
+    column = Column(model.name if unique else name, model.card(), picture, {}, {})
     for prompt in prompts:
         print(f"{model.name}: {prompt}", file=sys.stderr)
         try:
@@ -126,21 +125,6 @@ def reply(model: LanguageModel, prompt: str, temperature: float, arguments: Argu
     start = time.perf_counter()
     *_, [answer] = model.answer(*options)
     return Reply(answer, len(answer.tokens) / (time.perf_counter() - start))
-
-
-def facts(model: LanguageModel) -> dict[str, str]:
-    """What a model's card says."""
-    config = model.config
-    shared = f" on {config.kv_heads} key/value heads" if config.kv_heads != config.n_head else ""
-    return {
-        "asked as": CHAT if model.template else "a text to continue",
-        "parameters": f"{model.n_params:,}",
-        "shape": f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads{shared}",
-        "trained on": "not stated" if model.train_tokens is None else f"{model.train_tokens:,} tokens",
-        "tokenizer": f"{model.tokenizer.kind}, {model.tokenizer.vocab_size:,} tokens",
-        "context": f"{config.block_size:,} tokens",
-        "activations": config.dtype,
-    }
 
 
 def to_markdown(columns: Sequence[Column], prompts: Sequence[str], temperatures: Sequence[float]) -> str:

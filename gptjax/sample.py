@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     draft = load(arguments.draft) if arguments.draft else None
     if draft:
         model.require_same_tokens(draft)
-    rules = (arguments.max_new_tokens, terminal.sampling_rules(model, arguments.rules), arguments.stop)
+    rules = (arguments.max_new_tokens, model.sampling(**arguments.rules), arguments.stop)
     if arguments.chat:
         terminal.chat(model, draft, *rules, arguments.system, arguments.seed)
         return

@@ -75,6 +75,26 @@ def padded_length(length: int, most: int) -> int:
     return min(max(32, 1 << (length - 1).bit_length()), most)
 
 
+def draw_and_read(
+    config: ModelConfig,
+    params: Any,
+    cache: Cache,
+    logits_BV: Float[Array, "B V"],
+    seen_BV: Bool[Array, "B V"] | None,
+    position_B: Int[Array, " B"],
+    keys_B: Key[Array, " B"],
+    n_drawn_B: Int[Array, " B"],
+    sampling: Sampling,
+) -> Any:
+    """Draw one token for each row and read it, at `position_B`; a row's token i is drawn with fold_in(key, i).
+
+    Returns the tokens [B], the cache, the logits of the next token and the seen tokens.
+    """
+    token_B = sample_token(logits_BV, seen_BV, jax.vmap(jax.random.fold_in)(keys_B, n_drawn_B), sampling)
+    x_B1D, cache = hidden(config, params, token_B[:, None], cache, position_B)
+    return token_B, cache, logits(config, params, x_B1D)[:, 0], mark_seen(seen_BV, token_B)
+
+
 @partial(jax.jit, static_argnames="config", donate_argnames=("cache", "seen_BV"))
 def decode(
     config: ModelConfig,
@@ -95,11 +115,9 @@ def decode(
 
     def one_token(carry: Any, i: jax.Array) -> Any:
         cache, logits_BV, seen_BV = carry
-        token_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, n_drawn + i)
-        token_B = sample_token(logits_BV, seen_BV, token_keys_B, sampling)
-        x_B1D, cache = hidden(config, params, token_B[:, None], cache, position_B + i)
-        carry = cache, logits(config, params, x_B1D)[:, 0], mark_seen(seen_BV, token_B)
-        return carry, (token_B, log_probs_of(logits_BV, token_B))
+        rows = position_B + i, keys_B, jnp.full_like(position_B, n_drawn + i)
+        token_B, *after = draw_and_read(config, params, cache, logits_BV, seen_BV, *rows, sampling)
+        return tuple(after), (token_B, log_probs_of(logits_BV, token_B))
 
     carry, (tokens_CB, log_probs_CB) = jax.lax.scan(one_token, (cache, logits_BV, seen_BV), jnp.arange(CHUNK))
     return *carry, tokens_CB.T, log_probs_CB.T

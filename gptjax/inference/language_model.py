@@ -34,6 +34,7 @@ from gptjax.run_dir import holds_run, load_run, trained_tokens
 from gptjax.sharding import one_device, with_shardings
 from gptjax.tokenizer import TextStream, Tokenizer
 
+CHAT = "a chat"  # how an instruction model is asked
 _SCORED_LOGITS = 1 << 26  # logits in one batch of `score`: 256 MiB
 
 
@@ -96,6 +97,27 @@ class LanguageModel:
         shapes = jax.tree.leaves(jax.eval_shape(lambda: draw_params(self.config, 0)))
         n_padded = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(math.prod(leaf.shape) for leaf in shapes) - n_padded * (1 if self.config.tied_head else 2)
+
+    def sampling(self, **given: int | float | None) -> Sampling:
+        """The rules that are given, else those that the model's makers recommend, else the usual ones."""
+        usual: dict[str, Any] = {"temperature": 0.8, "top_k": 200, "top_p": 1.0, "repetition_penalty": 1.0}
+        if self.defaults:
+            usual |= {"top_k": 0} | self.defaults
+        return Sampling(**usual | {name: value for name, value in given.items() if value is not None})
+
+    def card(self) -> dict[str, str]:
+        """What there is to know about the model, as texts by name."""
+        config = self.config
+        shared = f" on {config.kv_heads} key/value heads" if config.kv_heads != config.n_head else ""
+        return {
+            "asked as": CHAT if self.template else "a text to continue",
+            "parameters": f"{self.n_params:,}",
+            "shape": f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads{shared}",
+            "trained on": "not stated" if self.train_tokens is None else f"{self.train_tokens:,} tokens",
+            "tokenizer": f"{self.tokenizer.kind}, {self.tokenizer.vocab_size:,} tokens",
+            "context": f"{config.block_size:,} tokens",
+            "activations": config.dtype,
+        }
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> TokenIds:
         """The ids of a conversation of {"role": ..., "content": ...}, up to where the assistant's answer begins.

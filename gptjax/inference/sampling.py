@@ -1,7 +1,7 @@
 """The sampling rules: how a token is drawn from logits. Shape suffixes as in model.py."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -25,17 +25,40 @@ class Sampling:
        Degeneration", section 3.1).
     5. min_p: the tokens stay whose probability is at least min_p times that of the likeliest.
 
-    For jit, the temperature is an argument and the other rules are static.
+    A rule is a number for all rows or an array [B] with a number for each. For jit, the temperature and arrays are
+    arguments, and other numbers are static.
     """
 
-    repetition_penalty: float = 1.0
-    temperature: float | Float[Array, ""] = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    repetition_penalty: float | Float[Array, " B"] = 1.0
+    temperature: float | Float[Array, ""] | Float[Array, " B"] = 1.0
+    top_k: int | Int[Array, " B"] = 0
+    top_p: float | Float[Array, " B"] = 1.0
+    min_p: float | Float[Array, " B"] = 0.0
+
+    @staticmethod
+    def of_rows(rows: Sequence["Sampling"]) -> "Sampling":
+        """The rules of several rows as arrays, for one program that serves any of them."""
+        kinds = {field.name: np.int32 if field.name == "top_k" else np.float32 for field in fields(Sampling)}
+        arrays = {name: np.array([getattr(row, name) for row in rows], kind) for name, kind in kinds.items()}
+        return Sampling(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
-jax.tree_util.register_dataclass(Sampling, ["temperature"], ["repetition_penalty", "top_k", "top_p", "min_p"])
+def _flatten(sampling: Sampling) -> tuple[list[Any], Any]:
+    values = vars(sampling)
+    static = {name: v for name, v in values.items() if name != "temperature" and isinstance(v, int | float)}
+    return [v for name, v in values.items() if name not in static], tuple(static.items())
+
+
+def _unflatten(static: tuple[tuple[str, Any], ...], children: Sequence[Any]) -> Sampling:
+    sampling, names = object.__new__(Sampling), [field.name for field in fields(Sampling)]
+    rest = zip((name for name in names if name not in dict(static)), children, strict=True)
+    values = dict(static) | dict(rest)
+    for name in names:
+        object.__setattr__(sampling, name, values[name])
+    return sampling
+
+
+jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
 
 
 def apply_rules(
@@ -45,19 +68,37 @@ def apply_rules(
 
     `seen_BV` marks the tokens that the repetition penalty applies to.
     """
+    penalty, temperature, top_k, top_p, min_p = (_column(getattr(sampling, field.name)) for field in fields(Sampling))
     if seen_BV is not None:
-        penalty = sampling.repetition_penalty
         penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
         logits_BV = jnp.where(seen_BV, penalized_BV, logits_BV)
-    logits_BV = logits_BV / jnp.maximum(sampling.temperature, 1e-6)
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        logits_BV = _keep_largest(logits_BV, jnp.ones_like(logits_BV), float(sampling.top_k))
-    if sampling.top_p < 1:
-        logits_BV = _keep_largest(logits_BV, jax.nn.softmax(logits_BV), max(sampling.top_p, 1e-30))
-    if sampling.min_p > 0:
-        least_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + np.log(sampling.min_p)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return logits_BV
+    logits_BV = logits_BV / jnp.maximum(temperature, 1e-6)
+
+    def keep_top_k(x: jax.Array) -> jax.Array:
+        return _keep_largest(x, jnp.ones_like(x), jnp.float32(top_k))
+
+    def keep_top_p(x: jax.Array) -> jax.Array:
+        return _keep_largest(x, jax.nn.softmax(x), jnp.maximum(top_p, 1e-30))
+
+    def keep_min_p(x: jax.Array) -> jax.Array:
+        log = jnp.log if jnp.ndim(min_p) else np.log
+        return jnp.where(x < jnp.max(x, axis=-1, keepdims=True) + log(min_p), -jnp.inf, x)
+
+    logits_BV = _where_on((top_k > 0) & (top_k < logits_BV.shape[-1]), keep_top_k, logits_BV)
+    logits_BV = _where_on(top_p < 1, keep_top_p, logits_BV)
+    return _where_on(min_p > 0, keep_min_p, logits_BV)
+
+
+def _column(rule: Any) -> Any:
+    """A number as it is, and an array [B] as [B, 1]."""
+    return rule[:, None] if jnp.ndim(rule) else rule
+
+
+def _where_on(on: Any, rule: Callable[[jax.Array], jax.Array], logits_BV: jax.Array) -> jax.Array:
+    """The rule applied where it is on: for all rows or for none, or row by row, and then only if it is on for any."""
+    if isinstance(on, bool):
+        return rule(logits_BV) if on else logits_BV
+    return jax.lax.cond(jnp.any(on), lambda x: jnp.where(on, rule(x), x), lambda x: x, logits_BV)
 
 
 def sample_token(
@@ -66,7 +107,7 @@ def sample_token(
     """One token for each row, drawn with that row's key by adding Gumbel noise to the logits."""
     logits_BV = apply_rules(logits_BV, seen_BV, sampling)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
-    noisy_BV = jnp.where(sampling.temperature > 0, logits_BV + noise_BV, logits_BV)
+    noisy_BV = jnp.where(_column(sampling.temperature) > 0, logits_BV + noise_BV, logits_BV)
     # Not jnp.argmax: XLA fuses the noise into its reduction, which then is not vectorized on a CPU.
     return jax.lax.top_k(noisy_BV, 1)[1][:, 0]
 
@@ -91,7 +132,7 @@ def mark_seen(seen_BV: Bool[Array, "B V"] | None, token_B: Int[Array, " B"]) -> 
     return None if seen_BV is None else seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
 
 
-def _keep_largest(logits_BV: jax.Array, weights_BV: jax.Array, needed: float) -> jax.Array:
+def _keep_largest(logits_BV: jax.Array, weights_BV: jax.Array, needed: Any) -> jax.Array:
     """Each row with only its largest logits: the fewest whose weights add up to `needed`. The others are -inf.
 
     With weights of 1 that is top_k, with probabilities top_p. A search sets the digits of each row's threshold from the

@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from gptjax.data.corpora import decoded
 from gptjax.errors import UserError
@@ -17,14 +17,6 @@ def read_prompt(file: str) -> str:
         raise UserError("prompt_file=-: standard input is closed")
     with open(0 if file == "-" else file, "rb", closefd=file != "-") as stream:
         return "".join(decoded(stream, file))
-
-
-def sampling_rules(model: LanguageModel, given: Mapping[str, float]) -> Sampling:
-    """The rules that are given, else those that the model's makers recommend, else the usual ones."""
-    usual: dict[str, float] = {"temperature": 0.8, "top_k": 200, "top_p": 1.0, "repetition_penalty": 1.0}
-    if model.defaults:
-        usual |= {"top_k": 0} | model.defaults
-    return Sampling(**(usual | dict(given)))  # type: ignore[arg-type]
 
 
 def complete(
