@@ -122,9 +122,10 @@ class ModelConfig(Section):
     vocab_size: int = option(0, "size of the vocabulary; 0: the tokenizer's")
     block_size: int = chosen(256, "context length in tokens")
     n_layer: int = option(6, "transformer blocks")
-    n_head: int = option(6, "attention heads; n_embd is split evenly over them")
+    n_head: int = option(6, "attention heads")
     n_embd: int = option(384, "width of the residual stream (model width)")
     n_kv_head: int = option(0, "key and value heads, each shared by a group of attention heads; 0: n_head")
+    head_dim: int = option(0, "width of an attention head; 0: n_embd / n_head")
     mlp_width: int = option(0, "width of an MLP's hidden layer; 0: 4 n_embd")
     activation: Literal["gelu_tanh", "gelu_erf", "swiglu", "relu2"] = option(
         "gelu_tanh", "of the MLP: GPT-2's tanh form of GELU, the exact GELU of nanoGPT, SwiGLU (Llama), or ReLU squared"
@@ -139,7 +140,12 @@ class ModelConfig(Section):
     rope_theta: float = option(10_000.0, "rope: base of the wavelengths")
     rope_factor: float = option(1.0, "rope: factor by which Llama 3's scaling stretches long wavelengths; 1: none")
     rope_original_block_size: int = option(8192, "rope: context length before that scaling")
+    nope_interval: int = option(
+        0, "rope: layers whose number, from 1, is a multiple of this have no positions (NoPE), as in SmolLM3; 0: none"
+    )
+    window: int = option(0, "sliding window: a token attends to itself and the window - 1 before it; 0: no window")
     qk_norm: bool = option(False, "normalize each head's queries and keys by RMSNorm without weights")
+    qk_norm_scale: bool = option(False, "qk_norm with weights, one for each feature of a head, as in Qwen3")
     embedding_norm: bool = option(False, "normalize the embeddings by RMSNorm without weights before the first block")
     logit_cap: float = option(0.0, "cap logits x to logit_cap tanh(x / logit_cap); 0: no cap")
     bias: bool = option(False, "biases in linear layers and LayerNorms, as in GPT-2")
@@ -178,20 +184,23 @@ class ModelConfig(Section):
     def validate(self) -> None:
         self.require_within(1, MAX_LAYERS, "n_layer")
         self.require_within(1, MAX_SIZE, "block_size n_head n_embd rope_original_block_size")
-        self.require_within(0, MAX_SIZE, "vocab_size n_kv_head mlp_width lora_rank separator")
+        self.require_within(0, MAX_SIZE, "vocab_size n_kv_head head_dim mlp_width lora_rank separator window")
+        self.require_within(0, MAX_LAYERS, "nope_interval")
         for name in ("norm_eps", "rope_theta", "lora_alpha"):
             self.require(getattr(self, name) > 0, name, "is not positive")
         self.require(self.logit_cap >= 0, "logit_cap", "is negative")
         fit = self.n_embd // self.n_head * self.n_head or self.n_head
         self.require(
-            self.n_embd % self.n_head == 0,
+            self.head_dim > 0 or self.n_embd % self.n_head == 0,
             "n_embd",
             f"is not divisible by model.n_head={self.n_head}; {fit} or {fit + self.n_head} would be",
         )
         shared = f"does not divide model.n_head={self.n_head}"
         self.require(self.n_head % self.kv_heads == 0, "n_kv_head", shared)
         odd = f"with {self.n_head} heads is {self.head_width} a head: rotary positions need an even width"
-        self.require(self.position == "learned" or self.head_width % 2 == 0, "n_embd", odd)
+        even = self.position == "learned" or self.head_width % 2 == 0
+        self.require(even, "head_dim" if self.head_dim else "n_embd", odd)
+        self.require(self.qk_norm or not self.qk_norm_scale, "qk_norm_scale", "is without model.qk_norm")
         self.require(self.rope_factor >= 1, "rope_factor", "is less than 1")
         layers = f"is not a list of linear layers: of {', '.join(LINEAR_LAYERS)}, separated by commas"
         self.require(set(self.lora_layers.split(",")) <= set(LINEAR_LAYERS), "lora_layers", layers)
@@ -218,11 +227,16 @@ class ModelConfig(Section):
 
     @property
     def head_width(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
+
+    @property
+    def local_window(self) -> int:
+        """The sliding window where it is shorter than the context; else 0."""
+        return self.window if self.window < self.block_size else 0
 
     @property
     def mlp_features(self) -> int:

@@ -117,8 +117,10 @@ def step_flops(config: Config, params: Any) -> int:
 
     A token's forward and backward pass are 6 N + 12 L D T (PaLM, appendix B; nanoGPT's `estimate_mfu`), where N is
     `matmul_params` and D the width of attention: query heads times head width. As in both sources attention counts in
-    full, without regard to causality, and recomputation does not count.
+    full, without regard to causality, and recomputation does not count. With a sliding window shorter than the context
+    T is the window.
     """
     model = config.model
-    per_token = 6 * matmul_params(params) + 12 * model.n_layer * model.n_embd * model.block_size
+    attended = model.local_window or model.block_size
+    per_token = 6 * matmul_params(params) + 12 * model.n_layer * model.n_head * model.head_width * attended
     return per_token * config.train.batch_size * model.block_size

@@ -1,4 +1,4 @@
-"""The decoder in Flax linen: GPT-2, Llama and Qwen2.5 as fields of one config.
+"""The decoder in Flax linen: GPT-2, Llama and the families like it as fields of one config.
 
 Local arrays carry their shape in their name, one letter an axis:
     B batch (b: B, or 1 where rows are alike)    T query length    S key length    D model width    L layers
@@ -95,22 +95,31 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, cache: KVCache | None, position_bT: jax.Array, document_BT: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        cache: KVCache | None,
+        rotates: jax.Array | None,
+        position_bT: jax.Array,
+        document_BT: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         q_BTNH, k_BTKH, v_BTKH = self._queries_keys_values(x_BTD)
-        if config.qk_norm:  # without weights, so the same before and after the rotation
-            q_BTNH, k_BTKH = rms_norm(config, "query_norm")(q_BTNH), rms_norm(config, "key_norm")(k_BTKH)
+        if config.qk_norm:
+            q_norm, k_norm = [rms_norm(config, name, config.qk_norm_scale) for name in ("query_norm", "key_norm")]
+            q_BTNH, k_BTKH = q_norm(q_BTNH), k_norm(k_BTKH)
         if config.position == "rope":
             angle_bTH = rope_angles(config, position_bT)
+            if rotates is not None:
+                angle_bTH = angle_bTH * rotates
             q_BTNH, k_BTKH = rotate(q_BTNH, angle_bTH), rotate(k_BTKH, angle_bTH)
         if cache is not None:
             cache = write_cache(cache, k_BTKH, v_BTKH, position_bT[:, 0])
-            y_BTNH = cached_attention(q_BTNH, *cache, position_bT)
+            y_BTNH = cached_attention(q_BTNH, *cache, position_bT, config.local_window)
         elif config.attention in ("blockwise", "splash", "cudnn"):
-            y_BTNH = sequence_attention(config.attention, q_BTNH, k_BTKH, v_BTKH, document_BT)
+            y_BTNH = sequence_attention(config.attention, q_BTNH, k_BTKH, v_BTKH, document_BT, config.local_window)
         else:
-            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, Dropout(config.attention_rate), document_BT)
+            drop = Dropout(config.attention_rate)
+            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, drop, document_BT, config.local_window)
         biased = config.bias or config.out_bias
         out = Linear(config, (config.n_embd,), n_in=2, use_bias=biased, residual=True, name="out")
         return Dropout(config.dropout)(out(y_BTNH)), cache
@@ -157,10 +166,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, cache: KVCache | None, position_bT: jax.Array, document_BT: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        cache: KVCache | None,
+        rotates: jax.Array | None,
+        position_bT: jax.Array,
+        document_BT: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
         y_BTD, cache = Attention(self.config, self.fused_qkv, name="attention")(
-            norm(self.config, name="attention_norm")(x_BTD), cache, position_bT, document_BT
+            norm(self.config, name="attention_norm")(x_BTD), cache, rotates, position_bT, document_BT
         )
         x_BTD = x_BTD + y_BTD
         x_BTD = x_BTD + MLP(self.config, name="mlp")(norm(self.config, name="mlp_norm")(x_BTD))
@@ -193,7 +207,7 @@ class GPT(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=config.n_layer,
             unroll=config.n_layer if config.layers == "unrolled" else 1,
         )(config)
@@ -214,7 +228,7 @@ class GPT(nn.Module):
         a separator token begins a document.
         """
         x_BTD, position_bT, document_BT = self.embed(tokens_BT, offset_B, packed=cache is None)
-        x_BTD, cache = self.layers(x_BTD, cache, position_bT, document_BT)
+        x_BTD, cache = self.layers(x_BTD, cache, rotary_layers(self.config), position_bT, document_BT)
         return self.normalize(x_BTD), cache
 
     def embed(
@@ -273,6 +287,16 @@ def n_input_axes(path: tuple[Any, ...]) -> int:
     return 2 if path[-2].key == "out" else 1
 
 
+def rotary_layers(config: ModelConfig) -> Float[Array, " L"] | None:
+    """1 for each layer that has rotary positions and 0 for each that has none (NoPE); None where all have them.
+
+    Source: "RoPE to NoPE and Back Again" (Yang et al., 2025).
+    """
+    if not config.nope_interval:
+        return None
+    return jnp.asarray(np.arange(1, config.n_layer + 1) % config.nope_interval != 0, jnp.float32)
+
+
 def rope_angles(config: ModelConfig, position_bT: Int[Array, "b T"]) -> Float[Array, "b T _"]:
     """The angle in radians by which each of a head's H / 2 pairs of features is rotated at each position.
 
@@ -315,13 +339,13 @@ def norm(config: ModelConfig, name: str | None = None) -> nn.Module:
     if config.norm == "nonparametric_rmsnorm":
         return rms_norm(config, name)
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(epsilon=config.norm_eps, dtype=config.dtype, name=name)
+        return rms_norm(config, name, use_scale=True)
     return nn.LayerNorm(epsilon=config.norm_eps, use_bias=config.bias, dtype=config.dtype, name=name)
 
 
-def rms_norm(config: ModelConfig, name: str | None = None) -> nn.Module:
-    """x / RMS(x), without weights."""
-    return nn.RMSNorm(epsilon=config.norm_eps, use_scale=False, dtype=config.dtype, name=name)
+def rms_norm(config: ModelConfig, name: str | None = None, use_scale: bool = False) -> nn.Module:
+    """x / RMS(x), by default without weights."""
+    return nn.RMSNorm(epsilon=config.norm_eps, use_scale=use_scale, dtype=config.dtype, name=name)
 
 
 class Dropout(nn.Module):

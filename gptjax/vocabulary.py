@@ -64,7 +64,7 @@ def _family(folder: Path, settings: dict[str, Any], vocabulary: Path) -> str:
     named = settings.get("tokenizer_class") or _read(folder / "config.json").get("model_type")
     if named is None and END_OF_TEXT in _read(vocabulary):
         return "gpt2"  # Qwen2 has this token beside its vocabulary
-    family = str(named).removesuffix("Fast").removesuffix("Tokenizer").lower()
+    family = str(named).removesuffix("Fast").removesuffix("Tokenizer").lower().replace("qwen3", "qwen2")
     if family not in ("gpt2", "qwen2"):
         raise UserError(f"{vocabulary} is of a tokenizer ({named}) that is neither GPT-2's nor Qwen2's: {_FIX}")
     for name in ("add_bos_token", "add_eos_token"):

@@ -64,6 +64,22 @@ def test_mfu_of_palm_540b():
     assert 238_300 * flops / 2048 / (6144 * device_peak("TPU v4").flops) == pytest.approx(0.462, abs=5e-4)
 
 
+def test_attention_counts_the_width_of_its_heads_and_the_window():
+    model = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 128}
+    attention = {
+        name: flops_of(0, **model | fields)
+        for name, fields in {
+            "usual": {},
+            "wide": {"head_dim": 32},
+            "window": {"window": 32},
+            "long window": {"window": 128},
+        }.items()
+    }
+    assert attention["usual"] == 12 * 3 * 64 * 128 * 128
+    assert attention["wide"] == 2 * attention["usual"] == 8 * attention["window"]
+    assert attention["long window"] == attention["usual"]
+
+
 def test_measured_peak_counts_all_devices(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr("gptjax.flops.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 100))

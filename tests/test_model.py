@@ -272,7 +272,12 @@ def test_layer_norms_have_gpt2s_epsilon(scramble):
 LLAMA = {"norm": "rmsnorm", "position": "rope", "activation": "swiglu", "n_kv_head": 1}
 
 
-@pytest.mark.parametrize("variant", [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in (LLAMA, SPEEDRUN))])
+MODERN = LLAMA | {"head_dim": 12, "window": 5, "nope_interval": 2, "qk_norm": True, "qk_norm_scale": True}
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, MODERN, *(pytest.param(each, marks=pytest.mark.slow) for each in (LLAMA, SPEEDRUN))]
+)
 def test_layers_in_a_loop_are_the_layers_unrolled(scramble, variant):
     config = replace(TINY, **variant)
     params, tokens_BT = scramble(config), tokens_of(config)
@@ -300,6 +305,7 @@ def test_rope_sees_distances_alone():
     ("remat", "layers", "fields"),
     [
         ("dots", "looped", {}),
+        pytest.param("full", "looped", {"position": "rope", "nope_interval": 2}, marks=pytest.mark.slow),
         pytest.param("full", "looped", SPEEDRUN, marks=pytest.mark.slow),
         pytest.param("full", "looped", {}, marks=pytest.mark.slow),
         pytest.param("dots", "looped", SPEEDRUN, marks=pytest.mark.slow),

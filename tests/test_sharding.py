@@ -51,6 +51,9 @@ SPEEDRUN = replace(
     ),
     optimizer=replace(CONFIG.optimizer, schedule="linear", matrix_optimizer="muon", muon_weight_decay=0.1),
 )
+MODERN = replace(
+    SPEEDRUN, model=replace(SPEEDRUN.model, norm="rmsnorm", qk_norm_scale=True, head_dim=8, window=5, nope_interval=2)
+)
 MICRO = replace(SPEEDRUN, train=replace(SPEEDRUN.train, accumulate=4))
 
 # Eight devices on two cores are slow: by default the mesh with all axes stands for the others.
@@ -159,12 +162,13 @@ def test_every_mesh_trains_as_one_device_does(train, mesh_config, assert_trees_c
 
 
 @every_mesh
-def test_gradients_on_every_mesh_are_those_of_one_device(mesh_config, assert_trees_close):
+@pytest.mark.parametrize("config", [PLAIN, MODERN], ids=["plain", "modern"])
+def test_gradients_on_every_mesh_are_those_of_one_device(mesh_config, config, assert_trees_close):
     def gradients(mesh_config):
         mesh = mesh_of(mesh_config)
-        state = compile_steps(PLAIN, mesh).init()
+        state = compile_steps(config, mesh).init()
         with jax.set_mesh(mesh):
-            function = jax.jit(jax.grad(lambda params, windows: loss_sum(GPT(PLAIN.model), params, windows)[0]))
+            function = jax.jit(jax.grad(lambda params, windows: loss_sum(GPT(config.model), params, windows)[0]))
             return jax.device_get(function(state.params, batch(mesh, 99)[0]))
 
     # Sums of 256 targets' gradients, each of order 1, in another order.

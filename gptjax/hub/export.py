@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.hub.families import Tensor, by_path, config_values, expected_tensors, family_of
+from gptjax.hub.families import Tensor, by_path, config_values, exchange_halves, expected_tensors, family_of
 from gptjax.hub.weights import INDEX, WEIGHTS, merge_lora
 
 
@@ -26,7 +26,8 @@ def export(folder: Path, config: ModelConfig, params: Any, dtype: str, shard_byt
     """
     family, n_bytes = family_of(config), jnp.dtype(dtype).itemsize
     config, params = merge_lora(config, params)
-    values = {"torch_dtype": dtype, "bos_token_id": None, "eos_token_id": None} | config_values(family, config)
+    no_marks = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # else the defaults of the family
+    values = {"torch_dtype": dtype} | no_marks | config_values(family, config)
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     leaves = by_path(params)
     biased = replace(config, bias=True) if family == "gpt2" else config
@@ -40,7 +41,10 @@ def export(folder: Path, config: ModelConfig, params: Any, dtype: str, shard_byt
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file_name = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        arrays = {name: rounded(name, gather(tensor, leaves), dtype) for name, tensor in shard.items()}
+        arrays = {
+            name: rounded(name, exchange_halves(name, gather(tensor, leaves), config, family), dtype)
+            for name, tensor in shard.items()
+        }
         safetensors.numpy.save_file(arrays, folder / file_name, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file_name)
     if len(shards) > 1:

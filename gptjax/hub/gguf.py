@@ -1,4 +1,4 @@
-"""GGUF in: llama.cpp's files of GPT-2, Llama and Qwen2.5, by the `gguf` package; nothing in a file is executed."""
+"""GGUF in: llama.cpp's files of the families that it shares, by the `gguf` package; nothing in a file is executed."""
 
 import hashlib
 import importlib.util
@@ -26,6 +26,7 @@ _LLAMA = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
@@ -38,9 +39,11 @@ _GPT2 = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
 # Architecture -> its fields in a GGUF file, each with the name that it has in a config.json.
-FIELDS = {"gpt2": _GPT2, "llama": _LLAMA, "qwen2": _LLAMA}
-_OPTIONAL = {"attention.head_count_kv", "rope.freq_base"}
-_WIDTHS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+FIELDS = {"gpt2": _GPT2, "llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "smollm3": _LLAMA}
+# What llama.cpp takes where a file does not have them, by their names in a config.json.
+_OPTIONAL: dict[str, Any] = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10_000.0}
+_PERMUTED = ("llama", "smollm3")  # whose rows of queries and keys are in another order
+_WIDTHS = ("rope.dimension_count", "attention.value_length")
 _OFF: dict[str, Any] = {"rope.scaling.type": "none", "rope.scaling.factor": 1, "expert_count": 0}
 ROPE_FACTORS = "rope_freqs.weight"  # what the frequency of each pair is divided by, in files of Llama 3.1 and 3.2
 _MOST_VALUES = 1 << 22  # in the fields, of which the library makes an array each; known files have half as many
@@ -106,17 +109,24 @@ def side_folder(path: Path) -> Path:
     return folder
 
 
+def architecture_of(family: Family) -> str:
+    """llama.cpp's name for a family: what is Llama but for its window is Llama."""
+    return {"nanogpt": "gpt2", "mistral": "llama"}.get(family, family)
+
+
 def tensor_names(config: ModelConfig, family: Family) -> dict[str, str]:
     """The name of each tensor of a checkpoint in a GGUF file."""
     gguf = library()
-    arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}["gpt2" if family == "nanogpt" else family]
+    arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture_of(family)]
     names = gguf.get_tensor_name_map(arch, config.n_layer)
     return {name: names.get_name(name, (".weight", ".bias")) for name in expected_tensors(config, family)}
 
 
 def rotated_heads(name: str, config: ModelConfig, family: Family) -> int:
     """The heads of a tensor whose rows GGUF has in another order than a checkpoint has; 0: the order is the same."""
-    return 0 if family != "llama" else config.n_head if "q_proj" in name else config.kv_heads if "k_proj" in name else 0
+    if architecture_of(family) not in _PERMUTED:
+        return 0
+    return config.n_head if "q_proj" in name else config.kv_heads if "k_proj" in name else 0
 
 
 def rope_factors(config: ModelConfig) -> np.ndarray:
@@ -172,17 +182,17 @@ def _read_config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, An
     if arch not in FIELDS:
         raise UserError(f"{path}: architecture {str(arch)[:80]!r} is none of {', '.join(FIELDS)}")
     own = {name.removeprefix(f"{arch}."): value for name, value in fields.items() if name.startswith(f"{arch}.")}
-    missing = [f"{arch}.{name}" for name in FIELDS[arch] if name not in own.keys() | _OPTIONAL]
+    missing = [f"{arch}.{name}" for name, theirs in FIELDS[arch].items() if name not in own and theirs not in _OPTIONAL]
     if not isinstance(tokens, list):
         missing.append("tokenizer.ggml.tokens")
     if missing:
         raise UserError(f"{path} has no {missing[0]}")
     # The fields are float32; their shortest decimals are the numbers that were meant.
     own = {name: float(str(np.float32(x))) if isinstance(x, float) else x for name, x in own.items()}
-    values = {theirs: own.pop(name) for name, theirs in FIELDS[arch].items() if name in own}
+    values = _OPTIONAL | {theirs: own.pop(name) for name, theirs in FIELDS[arch].items() if name in own}
     values |= {"model_type": arch, "vocab_size": len(tokens or ())}
     values |= {"tie_word_embeddings": "output.weight" not in tensors}
-    if arch == "llama":
+    if arch != "gpt2":
         values |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
     _, config = parse_config(values, path)
     usual = {"vocab_size": config.vocab_size} | dict.fromkeys(_WIDTHS, config.head_width) | _OFF

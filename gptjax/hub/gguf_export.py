@@ -14,7 +14,15 @@ from gptjax.config import ModelConfig
 from gptjax.files import replacing
 from gptjax.hub.export import gather, rounded
 from gptjax.hub.families import Family, Tensor, by_path, config_values, expected_tensors, family_of
-from gptjax.hub.gguf import FIELDS, ROPE_FACTORS, library, rope_factors, rotated_heads, tensor_names
+from gptjax.hub.gguf import (
+    FIELDS,
+    ROPE_FACTORS,
+    architecture_of,
+    library,
+    rope_factors,
+    rotated_heads,
+    tensor_names,
+)
 from gptjax.hub.weights import merge_lora
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
@@ -26,12 +34,14 @@ def export_gguf(path: Path, config: ModelConfig, params: Any, kind: GgufType, fi
     LoRA's updates are merged. Raises `UserError` if llama.cpp has no such architecture.
     """
     gguf, family = library(), family_of(config)
-    known = family != "gpt2" or config.activation == "gelu_tanh"
-    config.require(known, "activation", "is in no architecture of llama.cpp: its GPT-2 has gelu_tanh")
+    _require_architecture(config, family)
     config, params = merge_lora(config, params)
     tensors = _tensors(config, family, params)
     types = {name: _type_of(name, shape, kind) for name, (shape, _) in tensors.items()}
-    with replacing(path) as temporary, contextlib.closing(gguf.GGUFWriter(temporary, family)) as writer:
+    with (
+        replacing(path) as temporary,
+        contextlib.closing(gguf.GGUFWriter(temporary, architecture_of(family))) as writer,
+    ):
         for name, value in (_config_fields(config, family, kind) | dict(fields)).items():
             if isinstance(value, list):
                 writer.add_array(name, value)
@@ -47,6 +57,23 @@ def export_gguf(path: Path, config: ModelConfig, params: Any, kind: GgufType, fi
         for name, (_, make) in tensors.items():
             array = rounded(name, make(), "float16" if types[name].name == "F16" else "float32")
             writer.write_tensor_data(gguf.quantize(array, types[name]))
+
+
+def _require_architecture(config: ModelConfig, family: Family) -> None:
+    """Raise `UserError` unless llama.cpp computes this model."""
+    biased = config.bias or config.out_bias
+    for supported, name, complaint in (
+        (family != "gpt2" or config.activation == "gelu_tanh", "activation", ": its GPT-2 has gelu_tanh"),
+        (family != "nanochat", "norm", " together with RoPE"),
+        (not config.local_window, "window", f": layers of its {architecture_of(family)} attend to all tokens"),
+        (config.nope_interval in (0, 4), "nope_interval", ": in its smollm3 every fourth layer has no positions"),
+        (
+            family not in ("qwen3", "smollm3") or not biased,
+            "bias" if config.bias else "out_bias",
+            f": its {family} has no biases",
+        ),
+    ):
+        config.require(supported, name, f"is in no architecture of llama.cpp{complaint}")
 
 
 def _tensors(
@@ -85,9 +112,13 @@ def _type_of(name: str, shape: tuple[int, ...], kind: GgufType) -> Any:
 
 def _config_fields(config: ModelConfig, family: Family, kind: GgufType) -> dict[str, Any]:
     values = config_values(family, config) | {"n_inner": config.mlp_features}
-    own = {name: values[theirs] for name, theirs in FIELDS[family].items()} | {"vocab_size": config.vocab_size}
+    arch = architecture_of(family)
+    own = {name: values[theirs] for name, theirs in FIELDS[arch].items() if theirs in values}
+    own |= {"vocab_size": config.vocab_size}
     if config.position == "rope":
         own["rope.dimension_count"] = config.head_width
+    if "attention.key_length" in own:
+        own["attention.value_length"] = config.head_width
     file_type = library().LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
     general = {"general.file_type": int(file_type), "general.quantization_version": library().GGML_QUANT_VERSION}
-    return general | {f"{family}.{name}": value for name, value in own.items()}
+    return general | {f"{arch}.{name}": value for name, value in own.items()}

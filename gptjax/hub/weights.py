@@ -1,4 +1,4 @@
-"""Weights in: Hugging Face folders or GGUF files of GPT-2, Llama and Qwen2.5, and nanoGPT's ckpt.pt.
+"""Weights in: Hugging Face folders or GGUF files of the families in families.py, and nanoGPT's ckpt.pt.
 
 No code from a file is run: only safetensors and GGUF are read, and ckpt.pt through PyTorch's weights-only loader.
 """
@@ -24,7 +24,16 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.files import read_json
 from gptjax.host import peak_host_memory
-from gptjax.hub.families import Family, by_path, draw_params, expected_tensors, is_redundant, read_config, within_limits
+from gptjax.hub.families import (
+    Family,
+    by_path,
+    draw_params,
+    exchange_halves,
+    expected_tensors,
+    is_redundant,
+    read_config,
+    within_limits,
+)
 from gptjax.hub.gguf import bundled_model, is_gguf, open_gguf, side_folder
 
 # Files beside the weights and tokenizer.json of a Hugging Face folder. A run that starts from the folder copies them.
@@ -255,7 +264,7 @@ def _open_folder(folder: Path) -> Weights:
             if tensor.get_dtype() not in _DTYPES:
                 raise UserError(f"{path}: {name!r} is {tensor.get_dtype()}; only {', '.join(_DTYPES)} are read")
             shapes[name], readers[name] = tuple(tensor.get_shape()), partial(file.get_tensor, own_name)
-    return Weights(folder, family, config, shapes, lambda name: readers[name]())
+    return Weights(folder, family, config, shapes, lambda name: exchange_halves(name, readers[name](), config, family))
 
 
 def _files(folder: Path) -> list[Path]:

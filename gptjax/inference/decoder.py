@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from gptjax.config import ModelConfig
 from gptjax.inference.quantize import transpose
-from gptjax.model import GPT, Block, KVCache
+from gptjax.model import GPT, Block, KVCache, rotary_layers
 
 Cache = KVCache | tuple[KVCache, ...]  # of all layers, or of each
 
@@ -71,9 +71,10 @@ def hidden(
     packed = cache is None
     x_BTD, position_bT, document_BT = model.apply({"params": params}, tokens_BT, offset_B, packed, method="embed")
     block: Any = Block(config, fused_qkv=True)
-    parts = []
-    for layer, part in zip(params["layers"], cache or [None] * config.n_layer, strict=True):
-        x_BTD, part = block.apply({"params": layer}, x_BTD, part, position_bT, document_BT)
+    none, rotates_L, parts = [None] * config.n_layer, rotary_layers(config), []
+    rows = zip(params["layers"], cache or none, none if rotates_L is None else rotates_L, strict=True)
+    for layer, part, rotates in rows:
+        x_BTD, part = block.apply({"params": layer}, x_BTD, part, rotates, position_bT, document_BT)
         parts.append(part)
     x_BTD = model.apply({"params": params}, x_BTD, method="normalize")
     return x_BTD, None if packed else tuple(parts)

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
-from gptjax.attention import SPLASH_BLOCK
+from gptjax.attention import SPLASH_BLOCK, block_pairs
 
 
-def jaxpr_flops(jaxpr: Jaxpr) -> float:
+def jaxpr_flops(jaxpr: Jaxpr, window: int = 0) -> float:
     """FLOPs of the matmuls that a program runs, on all devices together; recomputation counts too.
 
     A matmul in a loop counts once per iteration, one in a shard_map once per device. Elementwise work (norms, softmax,
-    optimizer) does not count.
+    optimizer) does not count. `window` is that of the attention kernels, 0 for none.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -30,25 +30,26 @@ def jaxpr_flops(jaxpr: Jaxpr) -> float:
             (lhs, result), (axes, _) = [aval.shape for aval in avals], params["dimension_numbers"][0]
             total += 2 * math.prod(result) * math.prod(lhs[axis] for axis in axes)
         elif name == "pallas_call":
-            total += _splash_flops(eqn)
-        elif parts := [jaxpr_flops(part) for part in jaxprs_in_params(params)]:
+            total += _splash_flops(eqn, window)
+        elif parts := [jaxpr_flops(part, window) for part in jaxprs_in_params(params)]:
             times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
             total += times * (max(parts) if name == "cond" else sum(parts))
     return total
 
 
-def _splash_flops(eqn: Any) -> float:
+def _splash_flops(eqn: Any, window: int) -> float:
     """FLOPs of a splash attention kernel with queries [B, N, T, H]: 2 matmuls forward, 5 in the fused backward pass.
 
-    The kernel skips blocks that the causal mask excludes and computes blocks on the diagonal whole.
+    The kernel skips blocks of keys that all queries of a block are masked from, and computes all others whole.
     """
     kernel = str(eqn.params.get("name") or "")
     if not kernel.startswith("splash_"):
         raise NotImplementedError(f"no count of FLOPs for the kernel {kernel!r}")
     *rows, T, H = next(v.aval.shape for v in eqn.invars if v.aval.ndim >= 3 and v.aval.dtype.kind not in "iub")
-    n_blocks = T // math.gcd(T, SPLASH_BLOCK)
+    size = math.gcd(T, SPLASH_BLOCK)
+    n_pairs = len(block_pairs(T // size, size, window)[0])
     matmuls = 5 if "dkv" in kernel else 2
-    return matmuls * 2 * math.prod(rows) * T**2 * H * (n_blocks + 1) / (2 * n_blocks)
+    return float(matmuls * 2 * math.prod(rows) * n_pairs * size**2 * H)
 
 
 class Collective(NamedTuple):

@@ -115,8 +115,8 @@ def make_plan(config: Config, topology: Topology, slower_than: float = math.inf)
     state, traced = trace_train_step(config, mesh)
     n_params, params = sum(leaf.size for leaf in jax.tree.leaves(state.params)), _shard_bytes(state.params)
     parts = {"parameters": params, "optimizer": _shard_bytes(state) - params}
-    model_flops, all_flops = float(step_flops(config, state.params)), jaxpr_flops(traced.jaxpr.jaxpr)
-    plan = Plan(config, topology, mesh, n_params, model_flops, all_flops, parts)
+    all_flops = jaxpr_flops(traced.jaxpr.jaxpr, config.model.local_window)
+    plan = Plan(config, topology, mesh, n_params, float(step_flops(config, state.params)), all_flops, parts)
     if plan.seconds["flops"] > slower_than:
         return plan
     start = time.perf_counter()

@@ -42,6 +42,14 @@ MODELS = {
         pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2_WORDS]),
     ),
 }
+# Of models that share a pre-tokenizer with another. Widths of a head are n_embd / n_head or not.
+BARE = replace(LLAMA, rope_factor=1.0, rope_original_block_size=8192, n_layer=4)
+MODELS |= {
+    "mistral": (replace(BARE, head_dim=12), MODELS["llama-bpe"][1]),
+    "qwen3": (replace(BARE, head_dim=12, qk_norm=True, qk_norm_scale=True), MODELS["qwen2"][1]),
+    "smollm3": (replace(BARE, nope_interval=4, rope_theta=500.0), MODELS["llama-bpe"][1]),
+}
+PRE = {name: {"mistral": "llama-bpe", "qwen3": "qwen2", "smollm3": "llama-bpe"}.get(name, name) for name in MODELS}
 HARD = "don't I'LL 12345 ½ ١٢  x\n\n\t y\r\n 😀 naïve cafe\u0301 <|im_end|> <tool>é</tool> 's<|endoftext|>"
 ALPHABET = "\n\t '\"\\ab|é—😀"
 TEMPLATE = "{% for m in messages %}{{ '<|im_end|>' + m.content }}{% endfor %}"
@@ -61,15 +69,15 @@ def folders(scramble, tmp_path_factory):
     for pre, (config, rules) in MODELS.items():
         folder = made[pre] = tmp_path_factory.mktemp(pre)
         export(folder, config, scramble(config), "float32")
-        tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+        tokenizer = Tokenizer(models.BPE(ignore_merges=PRE[pre] == "llama-bpe"))
         tokenizer.pre_tokenizer, tokenizer.decoder = rules, decoders.ByteLevel()
-        if pre == "qwen2":
+        if PRE[pre] == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
         special = ["<|endoftext|>", "<|im_end|>", "<|start|>"]
         trainer = trainers.BpeTrainer(special_tokens=special, vocab_size=290, initial_alphabet=BYTES.alphabet())
         tokenizer.train_from_iterator([HARD, "don't 12 123 12345 naïve 😀 <tool>"] * 3, trainer)
         tokenizer.add_tokens(["<tool>"])
-        if pre == "llama-bpe":
+        if PRE[pre] == "llama-bpe":
             tokenizer.post_processor = processors.TemplateProcessing("<|start|> $A", None, [("<|start|>", 2)])
         tokenizer.save(str(folder / "tokenizer.json"))
         settings = {"chat_template": TEMPLATE, "bos_token": "<|start|>", "eos_token": "<|im_end|>"}
@@ -113,7 +121,7 @@ def write(path, fields, tensors):
 @pytest.mark.parametrize("pre", MODELS)
 def test_a_model_comes_out_and_in_again_bit_for_bit(pre, folders, files):
     before, after = (LanguageModel.load(str(path), dtype="float32") for path in (folders[pre], files[pre]))
-    assert content(files[pre])[0]["tokenizer.ggml.pre"] == pre
+    assert content(files[pre])[0]["tokenizer.ggml.pre"] == PRE[pre]
     assert after.config == before.config == MODELS[pre][0]
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     assert after.tokenizer.vocabulary() == before.tokenizer.vocabulary()
@@ -125,7 +133,7 @@ def test_a_model_comes_out_and_in_again_bit_for_bit(pre, folders, files):
     assert after.special_tokens == before.special_tokens
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "smollm"])
+@pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "smollm", "mistral", "qwen3"])
 def test_logits_are_those_of_transformers(pre, files):
     """Its loader reads GGUF by its own rules, without Llama 3's scaling of RoPE."""
     pytest.importorskip("accelerate", reason="transformers reads GGUF with accelerate only")
@@ -135,6 +143,7 @@ def test_logits_are_those_of_transformers(pre, files):
     path = files[pre]
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     config.n_positions = GPT2.block_size  # it reads another field of GPT-2
+    config.head_dim = MODELS[pre][0].head_width  # which it does not read of Qwen3
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=torch.float32)
     ours, tokens = LanguageModel.load(str(path), dtype="float32"), np.arange(3, 43)
     with torch.no_grad():
@@ -225,11 +234,13 @@ def test_damaged_files(files, tmp_path):
 
 
 CASES = {
-    "general.architecture": ("gemma", "architecture 'gemma' is none of gpt2, llama, qwen2"),
+    "general.architecture": ("gemma", "architecture 'gemma' is none of gpt2, llama, qwen2, qwen3, smollm3"),
     "llama.block_count": ("2", "n_layer='2'"),
     "llama.attention.head_count": (0, "n_head=0"),
     "llama.rope.scaling.type": ("yarn", "llama.rope.scaling.type='yarn' is not supported"),
-    "llama.attention.key_length": (16, "llama.attention.key_length='16' is not supported"),
+    "llama.attention.key_length": (16, "llama.rope.dimension_count='8' is not supported"),
+    "llama.attention.value_length": (16, "llama.attention.value_length='16' is not supported"),
+    "llama.attention.sliding_window": (16, "llama.attention.sliding_window='16' is not supported"),
     "llama.embedding_length": (None, "has no llama.embedding_length"),
     "tokenizer.ggml.pre": ("deepseek-llm", "tokenizer.ggml.pre='deepseek-llm' is not supported"),
     "tokenizer.ggml.model": ("llama", "tokenizer.ggml.model='llama' is not supported"),

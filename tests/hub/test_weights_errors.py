@@ -33,12 +33,19 @@ LLAMA = {
     "intermediate_size": 6,
     "tie_word_embeddings": False,
 }
-CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "qwen2": LLAMA | {"model_type": "qwen2"}}
+CONFIGS = {"gpt2": GPT2, "llama": LLAMA} | {
+    family: LLAMA | {"model_type": family, "head_dim": 2}
+    for family in ("mistral", "qwen2", "qwen3", "smollm3", "nanochat")
+}
 # A kernel, a vector and a tensor that is in no layer.
 NAMES = {
     "gpt2": ["transformer.h.1.attn.c_attn.weight", "transformer.h.0.ln_1.bias", "transformer.wpe.weight"],
     "llama": ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight", "lm_head.weight"],
+    "mistral": ["model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"],
     "qwen2": ["model.layers.0.mlp.gate_proj.weight", "model.layers.1.self_attn.k_proj.bias", "lm_head.weight"],
+    "qwen3": ["model.layers.0.mlp.gate_proj.weight", "model.layers.1.self_attn.k_norm.weight", "lm_head.weight"],
+    "smollm3": ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight", "model.embed_tokens.weight"],
+    "nanochat": ["model.layers.0.mlp.fc1.weight", "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"],
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": 4}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4}
@@ -278,7 +285,20 @@ def test_every_number_of_a_config_is_needed_and_plausible(family, refuses):
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ("llama", {"rope_parameters": {"rope_theta": "much"}}, "'much'"),
         ("llama", {"hidden_act": "relu"}, "hidden_act='relu'"),
-        ("llama", {"head_dim": 8}, "head_dim=8"),
+        ("llama", {"head_dim": 3}, "head_dim=3 with 2 heads is 3 a head: rotary positions need an even width"),
+        ("llama", {"head_dim": "2"}, ""),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0"),
+        ("mistral", {"sliding_window": "4"}, ""),
+        ("mistral", {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}, "some layers"),
+        ("qwen3", WINDOW | {"max_window_layers": 1}, "only some layers attend to 4 tokens"),
+        ("smollm3", WINDOW | {"no_rope_layer_interval": 2}, "only some layers attend to 4 tokens"),
+        ("smollm3", {"no_rope_layers": [0, 1]}, "no_rope_layers=[0, 1]"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers=[1]"),
+        ("smollm3", {"no_rope_layer_interval": "4"}, "nope_interval"),
+        ("smollm3", {"no_rope_layer_interval": -4}, "nope_interval"),
+        ("smollm3", {"mlp_bias": True}, "mlp_bias=True"),
+        ("nanochat", {"hidden_act": "silu"}, "hidden_act='silu'"),
+        ("nanochat", {"final_logit_softcapping": -1.0}, "logit_cap"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("qwen2", WINDOW | {"max_window_layers": 1}, "use_sliding_window=True"),
         ("qwen2", WINDOW | {"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window=True"),
@@ -286,7 +306,7 @@ def test_every_number_of_a_config_is_needed_and_plausible(family, refuses):
         ("llama", {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"factor": 1.0}}, "contradict each other"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ("qwen2", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e6}}, "rope_type 'longrope'"),
-        *(("gpt2", {"model_type": kind}, f"model_type {kind!r}") for kind in ("mistral", "GPT2", None, ["gpt2"])),
+        *(("gpt2", {"model_type": kind}, f"model_type {kind!r}") for kind in ("gemma2", "GPT2", None, ["gpt2"])),
     ],
     ids=str,
 )
@@ -305,6 +325,8 @@ def test_a_sliding_window_that_hides_nothing_is_accepted(fields, make):
 # A model of ours as one of a family
 
 ROPE = {"activation": "swiglu", "norm": "rmsnorm", "position": "rope"}
+NANOCHAT = {"activation": "relu2", "norm": "nonparametric_rmsnorm", "position": "rope", "qk_norm": True}
+NANOCHAT |= {"embedding_norm": True}
 
 
 def test_a_family_must_have_every_field_that_a_model_uses():
@@ -312,6 +334,12 @@ def test_a_family_must_have_every_field_that_a_model_uses():
     assert family_of(ModelConfig(activation="relu2", bias=True, mlp_width=20, tied_head=False)) == "gpt2"
     assert family_of(ModelConfig(**ROPE, mlp_width=4 * 384, rope_original_block_size=5, bias=True)) == "llama"
     assert family_of(ModelConfig(**ROPE, qkv_bias=True, n_kv_head=2, rope_factor=2.0)) == "qwen2"
+    assert family_of(ModelConfig(**ROPE, head_dim=32)) == "llama"
+    assert family_of(ModelConfig(**ROPE, head_dim=32, window=7)) == "mistral"
+    assert family_of(ModelConfig(**ROPE, head_dim=32, n_embd=100)) == "mistral"
+    assert family_of(ModelConfig(**ROPE, qk_norm=True, qk_norm_scale=True, window=7)) == "qwen3"
+    assert family_of(ModelConfig(**ROPE, nope_interval=3, qkv_bias=True, out_bias=True)) == "smollm3"
+    assert family_of(ModelConfig(**NANOCHAT, n_kv_head=2, logit_cap=15.0, rope_theta=3.0)) == "nanochat"
     for fields, word in [
         ({"qk_norm": True}, "model.qk_norm=True"),
         ({"embedding_norm": True}, "model.embedding_norm=True"),
@@ -324,6 +352,14 @@ def test_a_family_must_have_every_field_that_a_model_uses():
         (ROPE | {"activation": "relu2"}, "model.activation='relu2'"),
         (ROPE | {"bias": True, "qkv_bias": True}, "model.bias=True"),
         (ROPE | {"logit_cap": 15.0}, "model.logit_cap=15.0"),
+        (ROPE | {"qk_norm": True}, "model.qk_norm=True"),
+        (ROPE | {"window": 5, "bias": True}, "model.bias=True"),
+        (ROPE | {"nope_interval": 2, "qk_norm": True, "qk_norm_scale": True}, "model.qk_norm=True"),
+        ({"window": 5}, "model.window=5"),
+        (NANOCHAT | {"qk_norm": False}, "model.qk_norm=False"),
+        (NANOCHAT | {"embedding_norm": False}, "model.embedding_norm=False"),
+        (NANOCHAT | {"activation": "swiglu"}, "model.activation='swiglu'"),
+        (NANOCHAT | {"window": 5}, "model.window=5"),
     ]:
         with pytest.raises(UserError, match=f"{re.escape(word)} is in no Hugging Face family"):
             family_of(ModelConfig(**fields))

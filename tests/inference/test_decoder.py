@@ -20,6 +20,17 @@ GPT2 = ModelConfig(vocab_size=61, block_size=40, n_layer=2, n_head=2, n_embd=16,
 LLAMA = replace(
     GPT2, norm="rmsnorm", position="rope", activation="swiglu", n_kv_head=1, bias=False, tied_head=False, separator=7
 )
+MODERN = replace(
+    LLAMA,
+    n_layer=4,
+    head_dim=12,
+    window=7,
+    nope_interval=2,
+    qk_norm=True,
+    qk_norm_scale=True,
+    separator=None,
+)
+CONFIGS = pytest.mark.parametrize("config", [GPT2, LLAMA, MODERN], ids=["gpt2", "llama", "modern"])
 TOKENS = np.random.default_rng(0).integers(0, 61, (1, 20), np.int32)
 GREEDY = Sampling(temperature=0.0)
 
@@ -34,19 +45,20 @@ def new_tokens(config, params, length, n, prefix=None):
     return np.concatenate([chunk.tokens_BC[0] for chunk in chunks])
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@CONFIGS
 def test_parameters_laid_out_give_the_same_logits(scramble, config):
     params = scramble(config)
     expected = jax.jit(GPT(config).apply)({"params": params}, TOKENS)
     np.testing.assert_allclose(logits_of(config, lay_out(params)), expected, rtol=0, atol=2e-5)
 
 
-def test_parameters_laid_out_generate_the_same_text(scramble):
+@pytest.mark.parametrize("config", [LLAMA, MODERN], ids=["llama", "modern"])
+def test_parameters_laid_out_generate_the_same_text(scramble, config):
     """Also with a prefix cache, which grows."""
-    params, prefix = scramble(LLAMA), PrefixCache()
+    params, prefix = scramble(config), PrefixCache()
     for length, n in ((4, 6), (20, 25)):
-        text = new_tokens(LLAMA, lay_out(params), length, n, prefix)
-        np.testing.assert_array_equal(text, new_tokens(LLAMA, params, length, n))
+        text = new_tokens(config, lay_out(params), length, n, prefix)
+        np.testing.assert_array_equal(text, new_tokens(config, params, length, n))
 
 
 def test_int8_rounds_each_weight_to_a_127th_of_its_outputs_largest(scramble):
@@ -60,7 +72,7 @@ def test_int8_rounds_each_weight_to_a_127th_of_its_outputs_largest(scramble):
         assert isinstance(matrix, Int8) and (error <= 0.5001 * step).all() and error.any()
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@CONFIGS
 def test_int8_logits_are_close(scramble, config):
     params = scramble(config)
     exact, stacked, laid_out = [
@@ -69,6 +81,17 @@ def test_int8_logits_are_close(scramble, config):
     ]
     assert 0 < np.sqrt(np.mean((exact - stacked) ** 2)) < 0.05 * exact.std()
     np.testing.assert_allclose(laid_out, stacked, rtol=0, atol=2e-5)
+
+
+def test_int8_text_from_a_cache_is_that_of_full_passes(scramble):
+    """Of each token the weights are those of a full pass over what is before it."""
+    params = lay_out(quantize(scramble(MODERN)))
+    text = np.append(TOKENS[0, :5], new_tokens(MODERN, params, 5, 20))
+    padded = np.pad(text, (0, MODERN.block_size - len(text)))[None]
+    logits_TV = np.asarray(logits(MODERN, params, hidden(MODERN, params, jnp.asarray(padded))[0]))[0, 4:24]
+    assert np.diff(np.sort(logits_TV)[:, -2:]).min() > 1e-4, "a tie up to rounding, which cannot be compared"
+    assert len(set(text[5:].tolist())) > 4
+    np.testing.assert_array_equal(text[5:], logits_TV.argmax(-1))
 
 
 def test_an_output_of_zeros_stays_zero():

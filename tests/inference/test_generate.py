@@ -27,6 +27,7 @@ SPEEDRUN = replace(
     tied_head=False,
     n_kv_head=1,
 )
+MODERN = replace(SPEEDRUN, norm="rmsnorm", qk_norm_scale=True, head_dim=12, window=7, nope_interval=2)
 # With one set of rules, whose temperature is no constant of the program, most tests run the same few programs.
 GREEDY = Sampling(temperature=0.0, repetition_penalty=1.3)
 HOT = replace(GREEDY, temperature=1.5)
@@ -63,7 +64,7 @@ def new_tokens(params, prompts, n, sampling=GREEDY, seeds=None, config=TINY, pre
     return tokens, log_probs
 
 
-@pytest.mark.parametrize("config", [TINY, SPEEDRUN], ids=["gpt2", "speedrun"])
+@pytest.mark.parametrize("config", [TINY, SPEEDRUN, MODERN], ids=["gpt2", "speedrun", "modern"])
 def test_cached_logits_are_those_of_a_full_pass(params, scramble, config):
     """Two prefills, the second of rows of unequal length that padding follows, and decoding."""
     params = params if config is TINY else scramble(config)

@@ -76,6 +76,17 @@ def test_greedy_text_is_that_of_the_large_model_alone(models):
     assert max(lengths) == PROPOSALS + 1 and min(lengths) == 1
 
 
+def test_windows_and_layers_without_positions(scramble):
+    """Of the large model alone: the draft has neither."""
+    config = replace(LARGE, position="rope", window=5, nope_interval=2, head_dim=12)
+    draft = replace(LARGE, position="rope")
+    large = config, scramble(config, seed=1)
+    tokens, log_probs = joined(speculate(*large, draft, scramble(draft, seed=2), PROMPT, 40, GREEDY, seed=0))
+    alone, alone_log_probs = joined(generate(*large, [PROMPT], 40, GREEDY, seeds=[0]))
+    np.testing.assert_array_equal(tokens, alone)
+    np.testing.assert_allclose(log_probs, alone_log_probs, rtol=0, atol=1e-5)
+
+
 def test_a_draft_may_lack_tokens_and_a_prompt_may_be_one_token(models):
     tokens, _ = joined(speculate(*models[1], *models[0], PROMPT[:1], 20, GREEDY, seed=0))
     np.testing.assert_array_equal(tokens, joined(generate(*models[1], [PROMPT[:1]], 20, GREEDY, seeds=[0]))[0])

@@ -61,6 +61,7 @@ MHA = {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}
 ATTENTION_BIAS = {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
 MQA = {"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-2, "rope_parameters": LLAMA3_ROPE}
 PADDED = {"vocab_size": 1030}  # to 1152 rows
+QWEN3_WINDOW = {"head_dim": 8, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}
 CASES = {
     "gpt2": ("gpt2", GPT2),
     "gpt2-erf-n_inner-eps-untied-padded": (
@@ -73,6 +74,27 @@ CASES = {
     "llama-mha-biases-tied-padded": ("llama", LLAMA | MHA | PADDED | {"tie_word_embeddings": True}),
     "llama-attention-biases": ("llama", LLAMA | ATTENTION_BIAS),
     "qwen2-gqa": ("qwen2", LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "llama-head_dim": ("llama", LLAMA | {"head_dim": 12}),
+    "mistral-window": ("mistral", LLAMA | {"head_dim": 12, "sliding_window": 9}),
+    "mistral-odd-width": ("mistral", LLAMA | {"hidden_size": 30, "head_dim": 8, "sliding_window": None}),
+    "qwen2-window": ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
+    "qwen3": ("qwen3", LLAMA | {"head_dim": 12, "rms_norm_eps": 1e-2}),
+    "qwen3-biases-window": ("qwen3", LLAMA | QWEN3_WINDOW | {"attention_bias": True, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", LLAMA | {"no_rope_layer_interval": 2, "rope_parameters": {**LLAMA3_ROPE}}),
+    "smollm3-biases-window": (
+        "smollm3",
+        LLAMA
+        | {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True}
+        | {"use_sliding_window": True, "sliding_window": 9, "layer_types": ["sliding_attention"] * 3},
+    ),
+    "nanochat": ("nanochat", LLAMA | {"final_logit_softcapping": 3.0, "rms_norm_eps": 1e-2}),
+    "nanochat-biases-mha-tied-padded": (
+        "nanochat",
+        LLAMA
+        | PADDED
+        | {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True}
+        | {"final_logit_softcapping": None},
+    ),
 }
 TEXTS = [
     "To be, or not to be: that is the question.",
@@ -246,7 +268,10 @@ def test_logits(name, open_case):
     assert_same_logits(logits_of(case.ours.config, case.ours.params, case.tokens_BT), case.logits_BTV)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-3-rope-mqa-eps", "qwen2-gqa"])
+GREEDY = ("gpt2", "llama-3-rope-mqa-eps", "qwen2-gqa", "mistral-window", "qwen3", "smollm3", "nanochat")
+
+
+@pytest.mark.parametrize("name", GREEDY)
 def test_greedy_text_with_the_cache_and_without(name, open_case):
     case = open_case(name)
     config, params, prompt = case.ours.config, case.ours.params, case.tokens_BT[0, :13]
@@ -380,7 +405,34 @@ def test_nanogpts_checkpoint(bias, prefix, scramble, tmp_path):
 
 # The published models: names, shapes and numbers, without the weights
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 PUBLISHED = {
+    "mistral": (
+        dict(zip(SIZES, (4096, 14336, 32, 32, 8), strict=True))
+        | {"vocab_size": 32000, "max_position_embeddings": 32768, "sliding_window": 4096}
+        | {"rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": False},
+        7_241_732_096,
+    ),
+    "qwen3": (
+        dict(zip(SIZES, (1024, 3072, 28, 16, 8), strict=True))
+        | {"vocab_size": 151936, "max_position_embeddings": 40960, "head_dim": 128, "attention_bias": False}
+        | {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 28}
+        | {"rms_norm_eps": 1e-06, "rope_theta": 1000000, "rope_scaling": None, "tie_word_embeddings": True},
+        596_049_920,
+    ),
+    "smollm3": (
+        dict(zip(SIZES, (2048, 11008, 36, 16, 4), strict=True))
+        | {"vocab_size": 128256, "max_position_embeddings": 65536, "attention_bias": False, "mlp_bias": False}
+        | {"no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9, "layer_types": ["full_attention"] * 36}
+        | {"rms_norm_eps": 1e-06, "rope_theta": 5000000.0, "use_sliding_window": False, "sliding_window": None},
+        3_075_098_624,
+    ),
+    "nanochat": (
+        dict(zip(SIZES, (2048, 8192, 32, 16, 16), strict=True))
+        | {"vocab_size": 65536, "max_position_embeddings": 2048, "final_logit_softcapping": 15.0}
+        | {"rms_norm_eps": 1e-06, "tie_word_embeddings": False, "rope_parameters": {"rope_theta": 10000.0}},
+        1_879_048_192,
+    ),
     "gpt2": (
         GPT2 | {"n_embd": 1600, "n_layer": 48, "n_head": 25, "n_positions": 1024, "vocab_size": 50257},
         1_557_611_200,
@@ -431,7 +483,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_names_shapes_and_numbers_of_published_models(family, tmp_path):
-    """GPT-2 XL, Qwen2.5-0.5B and Llama-3.2-1B."""
+    """GPT-2 XL, Llama-3.2-1B, Mistral-7B, Qwen2.5-0.5B, Qwen3-0.6B, SmolLM3-3B and nanochat d32."""
     values, n_params = PUBLISHED[family]
     (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": family}))
     theirs, (_, config) = transformers.AutoConfig.from_pretrained(tmp_path), read_config(tmp_path / "config.json")
@@ -453,8 +505,13 @@ def assert_same_numbers(config, theirs):
         assert (config.norm_eps, config.mlp_width) == (theirs.layer_norm_epsilon, theirs.n_inner or 0)
         assert (config.activation, theirs.activation_function) == ("gelu_tanh", "gelu_new")
         return
-    assert (config.norm_eps, config.activation, theirs.hidden_act) == (theirs.rms_norm_eps, "swiglu", "silu")
+    activation = ("relu2", "relu2") if theirs.model_type == "nanochat" else ("swiglu", "silu")
+    assert (config.norm_eps, config.activation, theirs.hidden_act) == (theirs.rms_norm_eps, *activation)
     assert config.bias == getattr(theirs, "attention_bias", False) == getattr(theirs, "mlp_bias", False)
+    assert config.window == (theirs.sliding_window if theirs.model_type == "mistral" else 0)
+    assert config.nope_interval == getattr(theirs, "no_rope_layer_interval", 0)
+    assert config.logit_cap == getattr(theirs, "final_logit_softcapping", 0)
+    assert config.kv_heads == theirs.num_key_value_heads
     assert_same_angles(config, theirs)
 
 

@@ -40,7 +40,8 @@ def traced_step(attention, **model):
     config = Config(model=model, train=TrainConfig(batch_size=4, accumulate=2))
     state = jax.eval_shape(lambda: init_state(config))
     windows = jax.ShapeDtypeStruct((2, 2, model.block_size + 1), jnp.int32)
-    return config, jaxpr_flops(jax.make_jaxpr(partial(train_step, config))(state, windows).jaxpr), state.params
+    jaxpr = jax.make_jaxpr(partial(train_step, config))(state, windows).jaxpr
+    return config, jaxpr_flops(jaxpr, model.local_window), state.params
 
 
 def test_a_step_has_the_flops_that_mfu_counts_and_those_of_remat():
@@ -69,6 +70,15 @@ def test_splash_attention_counts_the_blocks_that_causality_leaves():
     attention = (2 + 5) * 2 * 4 * T * T * D * 2  # 2 matmuls forward, 5 backward: windows x T x T x width x layers
     sums = 2 * 4 * T * D * 2  # of the result times its gradient: a matmul of JAX's outside the kernel
     assert counted == matmuls + sums + attention * 3 / 4
+
+
+def test_splash_attention_counts_the_blocks_of_a_window():
+    whole, local = [
+        traced_step("splash", layers="looped", block_size=8192, n_embd=128, n_head=1, window=window)[1]
+        for window in (0, 1025)
+    ]
+    pair = (2 + 5) * 2 * 4 * 1024 * 1024 * 128 * 2  # windows x queries x keys x width x layers
+    assert whole - local == (8 * 9 // 2 - (8 + 7)) * pair
 
 
 def test_collectives_of_a_compiled_program():
