@@ -94,14 +94,18 @@ class DataConfig(Section):
     source: str = free(
         "shakespeare",
         "'shakespeare' (the complete plays, bundled), a UTF-8 text file, a folder of them, a URL, "
-        "or a folder of token files (nanoGPT's train.bin and val.bin, or llm.c's shards), also at gs:// or s3://",
+        "or a folder of token files (nanoGPT's train.bin and val.bin, or llm.c's shards), also at gs:// or s3://; "
+        "chat: 'shakespeare-dialogues', or JSON lines of messages: a file, a folder or a URL",
         metavar="PATH",
+    )
+    format: Literal["text", "chat"] = option(
+        "text", "text, or chat: conversations, written by the model's chat template, of which answers alone are learned"
     )
     tokenizer: str = free("char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json")
     vocab_size: int = option(4096, "size of the vocabulary that a 'bpe' tokenizer learns")
-    val_fraction: float = option(0.1, "fraction of the text, at its end, for validation")
+    val_fraction: float = option(0.1, "fraction of the text or of the conversations, at the end, for validation")
     order: Literal["random", "epoch"] = option(
-        "random", "'random' windows, or 'epoch': every window once per epoch, shuffled"
+        "random", "'random' windows, or 'epoch': every window once per epoch, shuffled, as conversations always are"
     )
     seed: int | None = remedy(None, "random seed of the batches; none: train.seed")
     sha256: str | None = free(None, "SHA-256 that a download must have")
@@ -112,6 +116,8 @@ class DataConfig(Section):
         self.require_within(257, MAX_SIZE, "vocab_size")
         self.require(0 < self.val_fraction < 1, "val_fraction", "is not between 0 and 1")
         self.require_within(0, 2**32 - 1, "seed")
+        dialogues = self.source == "shakespeare-dialogues" and self.format == "text"
+        self.require(not dialogues, "source", "are conversations: pass --data.format chat")
 
 
 LINEAR_LAYERS = ("query", "key", "value", "out", "up", "gate", "down")
@@ -359,6 +365,12 @@ class Config(Section):
     def validate(self) -> None:
         idle = self.optimizer.matrix_optimizer == "muon" and self.model.lora_rank > 0
         self.optimizer.require(not idle, "matrix_optimizer", "does not train LoRA's updates: pass adamw")
+        if self.data.format == "chat":
+            apart = "cannot keep conversations apart: pass blockwise"
+            self.model.require(self.model.attention != "cudnn", "attention", apart)
+            self.model.require(
+                self.model.separator is None, "separator", "is for texts: conversations are apart anyway"
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -16,12 +16,12 @@ import numpy as np
 from rich.progress import Progress
 
 from gptjax import host
-from gptjax.cli import parse_arguments, program
+from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, Which, parse_arguments, program
 from gptjax.config import Section, argument, option
 from gptjax.data.corpora import read_text
 from gptjax.data.token_files import Tokens, dtype_for
 from gptjax.errors import UserError, one_line_errors
-from gptjax.inference.language_model import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, LanguageModel, Which
+from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import TokenIds
 
 _BATCH = 64  # windows or questions that are scored between two steps of the progress bar

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gptjax.cli import parse_arguments, program
+from gptjax.cli import MODEL_HELP, parse_arguments, program
 from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
 from gptjax.hub.export import export
@@ -17,7 +17,7 @@ from gptjax.hub.families import family_of
 from gptjax.hub.gguf_export import GgufType, export_gguf
 from gptjax.hub.gguf_tokenizer import tokenizer_fields
 from gptjax.hub.weights import copy_side_files
-from gptjax.inference.language_model import MODEL_HELP, LanguageModel
+from gptjax.inference.language_model import LanguageModel
 from gptjax.tokenizer import END_OF_TEXT
 
 

@@ -17,6 +17,7 @@ from gptjax.advice import advice
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig, flat
 from gptjax.data import batches
+from gptjax.data.packing import PackedTokens
 from gptjax.data.prepare import Dataset, load_dataset
 from gptjax.data.token_files import Tokens
 from gptjax.distributed import StopSignal
@@ -61,7 +62,7 @@ class Run(NamedTuple):
 class InitialWeights(Protocol):
     """The weights that a run starts from, as `gptjax.hub.init_from.PretrainedWeights` gives them."""
 
-    def require_fit(self, dataset: Dataset, run_dir: Path) -> None: ...
+    def require_fit(self, dataset: Dataset, run_dir: Path, config: ModelConfig) -> None: ...
     def copy_side_files(self, run_dir: Path) -> None: ...
     @property
     def load(self) -> Callable[[ModelConfig, Any, int], Any]: ...
@@ -86,9 +87,9 @@ def train(
         UserError: data, devices or the run to resume do not fit; the loss diverged; a checkpoint cannot be used.
     """
     saved = saved_config(run_dir, step=from_step) if resume else None
-    dataset = distributed.after_first("data", lambda: load_dataset(config.data))
+    dataset = distributed.after_first("data", lambda: load_dataset(config.data, config.model.block_size))
     if weights:
-        weights.require_fit(dataset, run_dir)
+        weights.require_fit(dataset, run_dir, config.model)
     config, model, mesh = _fit_to_devices(fit_to_data(config, dataset, saved), dataset)
     if saved:
         require_resumable(saved, config, named)
@@ -106,7 +107,8 @@ def train(
         weights = None  # frees the parameters that it may hold
         if distributed.is_first():
             write_atomically(run_dir / "config.json", config.to_json())
-            write_atomically(run_dir / "tokenizer.json", dataset.tokenizer.to_json())
+            for name, text in {"tokenizer.json": dataset.tokenizer.to_json(), **dataset.side_files}.items():
+                write_atomically(run_dir / name, text)
         evaluated = progress.evaluated_step in (None, int(state.step))
         if int(state.step) >= config.train.max_steps and evaluated and (run_dir / "report.md").exists():
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
@@ -117,6 +119,8 @@ def train(
 def fit_to_data(config: Config, dataset: Dataset, saved: Config | None = None) -> Config:
     """The config with the vocabulary size of the data and, for a resumed run, the dtype that it was saved with.
 
+    The vocabulary grows where conversations have special tokens that it lacks.
+
     Raises:
         UserError: the vocabulary is too small for the tokenizer, or the text too short for a block.
     """
@@ -126,6 +130,8 @@ def fit_to_data(config: Config, dataset: Dataset, saved: Config | None = None) -
         gate_only = config.model.lora_layers == "gate" and config.model.activation != "swiglu"
         config.model.require(not gate_only, "lora_layers", "is no layer of this model: only SwiGLU has a gate")
     n_tokens, vocab_size = dataset.tokenizer.vocab_size, config.model.vocab_size
+    if config.data.format == "chat":
+        vocab_size = max(vocab_size, n_tokens)
     if 0 < vocab_size < n_tokens:
         raise UserError(f"model.vocab_size={vocab_size} is less than the tokenizer's {n_tokens}; leave it out")
     model = replace(config.model, vocab_size=vocab_size or n_tokens)
@@ -136,7 +142,7 @@ def fit_to_data(config: Config, dataset: Dataset, saved: Config | None = None) -
 
 def _fit_to_devices(config: Config, dataset: Dataset) -> tuple[Config, ModelConfig, Mesh]:
     """The config with its dtype and mesh, the model without "auto", and the mesh."""
-    model = resolve(config.model, jax.devices()[0])
+    model = resolve(config.model, jax.devices()[0], packed=config.data.format == "chat")
     config = replace(config, model=replace(config.model, dtype=model.dtype))
     distributed.require_same("config", {"data": dataset.fingerprint(), "jax": jax.__version__} | flat(config))
     n_bytes = state_bytes(config)
@@ -355,7 +361,7 @@ def batch_starts(config: Config, n_tokens: int, step: int) -> np.ndarray:
         batch_size=config.train.batch_size,
         seed=config.train.seed if config.data.seed is None else config.data.seed,
         step=step,
-        order=config.data.order,
+        order="epoch" if config.data.format == "chat" else config.data.order,
     )
 
 
@@ -372,7 +378,8 @@ def _put_windows(run: Run, tokens: Tokens, starts_AB: np.ndarray) -> jax.Array:
         return np.arange(shape[1])[index[1]]
 
     own_B = np.unique(np.concatenate([rows(i) for i in split.addressable_devices_indices_map(shape).values()]))
-    windows = batches.windows(tokens, starts_AB[:, own_B].ravel(), model.block_size, model.vocab_size)
+    largest = None if isinstance(tokens, PackedTokens) else model.vocab_size
+    windows = batches.windows(tokens, starts_AB[:, own_B].ravel(), model.block_size, largest)
     windows_ABW = windows.reshape(len(starts_AB), len(own_B), -1)
     return jax.make_array_from_callback(shape, split, lambda i: windows_ABW[:, np.searchsorted(own_B, rows(i))])
 
@@ -398,10 +405,7 @@ def _introduce(run: Run, step: int, step_flops: int, peak: float) -> None:
         f"model:   {n_params:,} parameters{trained}, {step_flops / 1e12:.3g} TFLOP a step, "
         f"activations in {run.config.model.dtype}"
     )
-    print(
-        f"data:    {dataset.folder}: {len(dataset.train):,} tokens to train on, {len(dataset.val):,} to validate on, "
-        f"vocabulary {dataset.tokenizer.vocab_size:,}"
-    )
+    print(f"data:    {dataset.folder}: {dataset.summary()}, vocabulary {dataset.tokenizer.vocab_size:,}")
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1) or "one device"
     peak_text = "" if math.isnan(peak) else f", peak {peak / 1e12:.3g} TFLOP/s"
     hosts = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
@@ -417,7 +421,6 @@ def _place(run: Run, step: int) -> str:
 
 def _report(run: Run, progress: Progress, mfu_per_token_rate: float, sample: Callable[[Path, int], str] | None) -> None:
     """Write report.html and report.md, with samples where one device holds the parameters with room to spare."""
-    some, tokenizer = run.dataset.val.window(0, 100_000), run.dataset.tokenizer
     try:
         metrics = report.read_metrics(run.folder / "metrics.csv")
     except OSError as error:
@@ -429,7 +432,7 @@ def _report(run: Run, progress: Progress, mfu_per_token_rate: float, sample: Cal
     figures = report.Figures(
         metrics,
         run.config,
-        characters_per_token=len(tokenizer.decode(some)) / len(some),
+        characters_per_token=run.dataset.characters_per_token(),
         mfu=None if math.isnan(mfu) else mfu,
         peak_memory=report.peak_memory_bytes(local),
         memory=sum(map(memory, local)),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.attention import cached_attention, causal_attention, sequence_attention
 from gptjax.config import ModelConfig
@@ -220,19 +220,27 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens_BT)[0])
 
     def hidden(
-        self, tokens_BT: Int[Array, "B T"], cache: Any = None, offset_B: Int[Array, " B"] | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        cache: Any = None,
+        offset_B: Int[Array, " B"] | None = None,
+        first_BT: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The normalized residual stream after the last block, and the cache with these tokens added.
 
         A row's tokens are at positions from its offset on, by default from 0. Without a cache documents are kept apart:
-        a separator token begins a document.
+        a separator token begins a document, or `first_BT` says where one begins, and there positions begin at 0 again.
         """
-        x_BTD, position_bT, document_BT = self.embed(tokens_BT, offset_B, packed=cache is None)
+        x_BTD, position_bT, document_BT = self.embed(tokens_BT, offset_B, cache is None, first_BT)
         x_BTD, cache = self.layers(x_BTD, cache, rotary_layers(self.config), position_bT, document_BT)
         return self.normalize(x_BTD), cache
 
     def embed(
-        self, tokens_BT: Int[Array, "B T"], offset_B: Int[Array, " B"] | None = None, packed: bool = True
+        self,
+        tokens_BT: Int[Array, "B T"],
+        offset_B: Int[Array, " B"] | None = None,
+        packed: bool = True,
+        first_BT: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Int[Array, "b T"], Int[Array, "B T"] | None]:
         """The first block's inputs: embeddings, positions and, where rows are `packed` documents, document numbers."""
         config, document_BT = self.config, None
@@ -241,8 +249,11 @@ class GPT(nn.Module):
             position_bT = position_bT + offset_B[:, None]
         if config.separator is not None and packed:
             document_BT = jnp.cumsum(tokens_BT == config.separator, axis=1)
+        if first_BT is not None:
+            document_BT = jnp.cumsum(first_BT, axis=1)
+            position_bT = position_bT - jax.lax.cummax(jnp.where(first_BT, position_bT, 0), axis=1)
         x_BTD = lookup(prepared(self.token_embedding, "token_embedding"), tokens_BT)
-        if config.position == "learned" and offset_B is None:
+        if config.position == "learned" and offset_B is None and first_BT is None:
             x_BTD = x_BTD + self.position_embedding[None, : tokens_BT.shape[1]]
         elif config.position == "learned":
             x_BTD = x_BTD + jnp.take(self.position_embedding, position_bT, axis=0, mode="clip")

@@ -11,8 +11,10 @@ LONG_CONTEXT = 512  # tokens from which blockwise attention is faster than plain
 MOST_UNROLLED = 24  # layers that a GPU's compiler unrolls in about a minute
 
 
-def resolve(model: ModelConfig, device: Any, *, training: bool = True) -> ModelConfig:
+def resolve(model: ModelConfig, device: Any, *, training: bool = True, packed: bool = False) -> ModelConfig:
     """The config without "auto", for a JAX device: its platform, kind and compute capability decide.
+
+    `packed`: windows hold several conversations, which attention has to keep apart.
 
     Sampling and scoring (`training=False`) run on the KV cache or on one short text, so attention is plain and layers
     are looped there; on a CPU activations are float32, since a single row is slower in bfloat16.
@@ -25,7 +27,7 @@ def resolve(model: ModelConfig, device: Any, *, training: bool = True) -> ModelC
     if model.layers == "auto":
         unrolled = device.platform == "cpu" or (device.platform == "gpu" and model.n_layer <= MOST_UNROLLED)
         model = replace(model, layers="unrolled" if unrolled else "looped")
-    return replace(model, attention=_attention(model, device)) if model.attention == "auto" else model
+    return replace(model, attention=_attention(model, device, packed)) if model.attention == "auto" else model
 
 
 def _dtype(device: Any) -> Any:
@@ -35,7 +37,7 @@ def _dtype(device: Any) -> Any:
     return "bfloat16" if faster.get(device.platform) else "float32"
 
 
-def _attention(model: ModelConfig, device: Any) -> Any:
+def _attention(model: ModelConfig, device: Any, packed: bool) -> Any:
     """The hardware's kernel if it supports this model, else blockwise for long contexts, else plain.
 
     Only plain attention has dropout. Splash attention takes blocks of 128 tokens. cuDNN's kernel takes bfloat16, no
@@ -45,7 +47,8 @@ def _attention(model: ModelConfig, device: Any) -> Any:
         return "plain"
     if device.platform == "tpu" and model.block_size % 128 == 0:
         return "splash"
-    nvidia, narrow = _compute_capability(device) or (0, 0), model.dtype == "bfloat16" and model.separator is None
+    nvidia, narrow = _compute_capability(device) or (0, 0), model.dtype == "bfloat16"
+    narrow &= model.separator is None and not packed
     widest = 256 if nvidia >= (9, 0) else 128 if nvidia >= (8, 0) else 0
     if device.platform == "gpu" and narrow and model.head_width % 8 == 0 and model.head_width <= widest:
         return "cudnn"

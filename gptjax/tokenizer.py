@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int32, Integer
+from jaxtyping import Int, Int32, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptjax.config import MAX_SIZE
@@ -123,14 +123,30 @@ class Tokenizer:
         """
         if self._id_of_code_point is not None:
             return next(_encode_characters([text], self._id_of_code_point))
+        ids = self._encoding(text, special).ids
+        return np.array([*self.begin, *ids] if begin else ids, np.int32)
+
+    def encode_with_places(self, text: str) -> tuple[Int32[np.ndarray, " T"], Int[np.ndarray, "T 2"]]:
+        """Return the ids of a text, whose special tokens count, and from where to where in it each of them is."""
+        if self._id_of_code_point is not None:
+            ids = self.encode(text)
+            return ids, np.arange(len(ids))[:, None] + np.array([[0, 1]])
+        encoding = self._encoding(text, special=True)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
+    def _encoding(self, text: str, special: bool) -> tokenizers.Encoding:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text is no Unicode at index {error.start}: pass it as UTF-8") from error
         self._library.encode_special_tokens = not special  # the library's flag: special tokens are plain text
-        ids = self._library.encode(text, add_special_tokens=False).ids
-        self._library.encode_special_tokens = True
-        return np.array([*self.begin, *ids] if begin else ids, np.int32)
+        try:
+            return self._library.encode(text, add_special_tokens=False)
+        except Exception as error:  # of characters without a token; the library raises no subclass of it
+            unknown = next((character for character in text if character not in self.vocabulary()), "")
+            raise UserError(f"the tokenizer has no token for {unknown!r}: remove it from the text") from error
+        finally:
+            self._library.encode_special_tokens = True
 
     def prompt(self, text: str = "", *, special: bool = True) -> Int32[np.ndarray, " T"]:
         """Return the ids of a prompt, with the tokens that begin a text but not those that end one.
@@ -141,6 +157,12 @@ class Tokenizer:
         if not text and self._id_of_code_point is not None and "\n" not in self.vocabulary():
             return np.zeros(1, np.int32)
         return self.encode(text or "\n", special=special, begin=True)
+
+    def with_special_tokens(self, names: Iterable[str]) -> "Tokenizer":
+        """Return the tokenizer with these special tokens; those that it does not have take the next ids."""
+        library = tokenizers.Tokenizer.from_str(self.to_json())
+        library.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+        return Tokenizer(library)
 
     def vocabulary(self) -> dict[str, int]:
         """Return the id of each token, by the token's text."""

@@ -15,6 +15,7 @@ from gptjax.files import locked
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
 
 NEWEST = -1  # what --resume without a step means
+QUESTION = "Who are you?"
 run, cluster = partial(option, group="run"), partial(option, group="cluster")  # groups of --help
 
 
@@ -79,13 +80,16 @@ class Arguments(Section):
 
 
 def sample(run_dir: Path, step: int) -> str:
-    """A text of the parameters of this step's checkpoint, for the report."""
+    """A text of the parameters of this step's checkpoint, for the report; of conversations the answer to `QUESTION`."""
     from gptjax.inference.language_model import LanguageModel
     from gptjax.inference.sampling import Sampling
+    from gptjax.run_dir import saved_config
 
-    model = LanguageModel.load(str(run_dir), step)
-    *_, [answer] = model.answer([model.tokenizer.prompt()], 400, Sampling(temperature=0.8), seeds=[0])
-    return answer.text.strip("\n")
+    model, chat = LanguageModel.load(str(run_dir), step), saved_config(run_dir).data.format == "chat"
+    prompt = model.chat_prompt([{"role": "user", "content": QUESTION}]) if chat else model.tokenizer.prompt()
+    *_, [answer] = model.answer([prompt], 400, Sampling(temperature=0.8), seeds=[0])
+    text = answer.text.strip("\n")
+    return f"> {QUESTION}\n\n{text}" if chat else text
 
 
 def main(argv: Sequence[str]) -> int:

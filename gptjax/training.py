@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax import cpu
 from gptjax.config import Config
+from gptjax.data.packing import CONTEXT, FIRST, ID
 from gptjax.loss import cross_entropy_sum, pieces_of
 from gptjax.model import GPT
 from gptjax.optimizer import freeze, make_optimizer, make_schedule
@@ -32,18 +33,31 @@ class TrainState(NamedTuple):
 
 
 def loss_sum(
-    model: GPT, params: Any, windows_BW: Int[Array, "B W"], rngs: dict[str, jax.Array] | None = None
+    model: GPT,
+    params: Any,
+    windows_BW: Int[Array, "B W"],
+    rngs: dict[str, jax.Array] | None = None,
+    packed: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The summed cross-entropy in nats of each window's targets, and the number of targets.
 
-    A token of -1 is past the end of the text and does not count. Dropout is on where `rngs` has a "dropout".
+    A token of -1 is past the end of the text and does not count. Dropout is on where `rngs` has a "dropout". `packed`:
+    windows hold conversations with the marks of data/packing.py.
     """
-    inputs_BT, targets_BT = jnp.maximum(windows_BW[:, :-1], 0), windows_BW[:, 1:]
-    x_BTD, _ = model.apply({"params": params}, inputs_BT, method="hidden", rngs=rngs)
+    inputs_BT, targets_BT, first_BT = jnp.maximum(windows_BW[:, :-1], 0), windows_BW[:, 1:], None
+    if packed:
+        inputs_BT, first_BT = jnp.where(windows_BW < 0, 0, windows_BW & ID)[:, :-1], (windows_BW & FIRST)[:, :-1] != 0
+        targets_BT = jnp.where(is_target(windows_BW), windows_BW & ID, -1)[:, 1:]
+    x_BTD, _ = model.apply({"params": params}, inputs_BT, first_BT=first_BT, method="hidden", rngs=rngs)
     pieces = pieces_of(len(inputs_BT), inputs_BT.shape[1], model.config.padded_vocab_size)
     head_VD, config = model.head_of(params), model.config
     nats = cross_entropy_sum(x_BTD, head_VD, targets_BT, config.vocab_size, pieces, config.logit_cap)
     return nats, jnp.sum(targets_BT >= 0).astype(jnp.float32)
+
+
+def is_target(windows: Int[Array, "*axes"]) -> Bool[Array, "*axes"]:
+    """Which entries of packed windows are predicted; -1, past the end, is not."""
+    return windows & CONTEXT == 0
 
 
 def init_state(config: Config) -> TrainState:
@@ -79,15 +93,16 @@ def gradient(
 ) -> tuple[Float[Array, ""], Any]:
     """The mean loss of A x B windows in nats a token and its gradient, accumulated over A micro-steps.
 
-    Dropout in a micro-step is keyed by `key` and its number, by default 0 to A - 1.
+    In packed windows it is the mean over all tokens, where those that are not predicted have no loss. Dropout in a
+    micro-step is keyed by `key` and its number, by default 0 to A - 1.
     """
-    model, (A, B, W) = GPT(config.model), windows_ABW.shape
+    model, (A, B, W), packed = GPT(config.model), windows_ABW.shape, config.data.format == "chat"
 
     def micro_loss(params: Any, windows_BW: jax.Array, number: jax.Array) -> jax.Array:
         rngs = {"dropout": jax.random.fold_in(key, number)} if config.model.drops else None
         if config.model.lora_rank:
             params = freeze(params)
-        return loss_sum(model, params, windows_BW, rngs)[0] / (A * B * (W - 1))
+        return loss_sum(model, params, windows_BW, rngs, packed)[0] / (A * B * (W - 1))
 
     number_A = jnp.arange(A) if number_A is None else number_A
     if A == 1:
@@ -124,6 +139,10 @@ def train_step(
 
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     loss, grads = gradient(config, key, state.params, windows_ABW)
+    if config.data.format == "chat":  # the mean over the tokens that are predicted
+        targets_ABT = is_target(windows_ABW)[:, :, 1:]
+        scale = targets_ABT.size / jnp.maximum(jnp.sum(targets_ABT), 1)
+        loss, grads = jax.tree.map(lambda x: x * scale, (loss, grads))
     params, grads = split_update((state.params, grads))
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -138,7 +157,8 @@ def train_step(
 
 def eval_step(config: Config, params: Any, windows_ABW: Int[Array, "1 B W"]) -> Float[Array, "2"]:
     """The summed nats of a batch and the number of its targets."""
-    return jnp.stack(loss_sum(GPT(config.model), params, windows_ABW[0]))
+    packed = config.data.format == "chat"
+    return jnp.stack(loss_sum(GPT(config.model), params, windows_ABW[0], packed=packed))
 
 
 class Steps(NamedTuple):

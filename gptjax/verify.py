@@ -216,7 +216,8 @@ def _recorded(steps: Iterable[Any], first: int, last: int) -> set[int]:
 def _open(record: Record, step: int) -> Run:
     """The data and the compiled functions with which the run made `step`; what has changed since is noted."""
     config, start = record.config(step), record.start(step)
-    dataset, model = load_dataset(config.data), resolve(config.model, jax.devices()[0])
+    dataset = load_dataset(config.data, config.model.block_size)
+    model = resolve(config.model, jax.devices()[0], packed=config.data.format == "chat")
     changes = _changes(start, environment.surroundings()) if start else []
     rows = config.train.batch_size // config.train.accumulate
     try:

@@ -15,12 +15,12 @@ import scipy.special
 from test_evaluate import bigram
 
 from gptjax import compare
+from gptjax.chat import template as chat
 from gptjax.checkpoint import Checkpoints
 from gptjax.compare import Arguments, main
 from gptjax.config import Config, ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.hub.export import export
-from gptjax.inference import chat_template as chat
 from gptjax.inference.language_model import Answer, LanguageModel
 from gptjax.model import GPT
 from gptjax.tokenizer import Tokenizer

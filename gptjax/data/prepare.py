@@ -1,7 +1,8 @@
-"""Make a data set from a text: a folder of train.bin, val.bin, tokenizer.json and data.json, and open it."""
+"""Make a data set from a text or conversations: a folder of train.bin, val.bin, tokenizer.json and more; open it."""
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -11,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptjax.chat import conversations
+from gptjax.chat.conversations import Conversations, open_conversations
 from gptjax.config import DataConfig
 from gptjax.data import remote, token_files
 from gptjax.data.corpora import Corpus, between, open_corpus, with_progress
 from gptjax.data.integrity import Content, contents, place_of
-from gptjax.data.token_files import MANIFEST, Tokens, dtype_for, open_split, write_tokens
+from gptjax.data.packing import PackedTokens, entries_of
+from gptjax.data.token_files import MANIFEST, UINT32, Tokens, dtype_for, open_split, write_tokens
 from gptjax.errors import UserError
 from gptjax.files import LOCK, claim, locked, read_json, write_atomically
 from gptjax.tokenizer import Tokenizer
@@ -31,6 +35,7 @@ class Dataset(NamedTuple):
     tokenizer: Tokenizer
     folder: Path | str
     contents: dict[Path, Content] = {}  # of the files that are not in a bucket
+    side_files: dict[str, str] = {}  # of conversations: what a run has beside tokenizer.json, by name
 
     def fingerprint(self) -> str:
         """Return three hashes by which a resumed run recognizes its data, between colons.
@@ -53,10 +58,15 @@ class Dataset(NamedTuple):
         Known ids are those of the tokenizer and those below `vocab_size`.
         """
         for split, tokens, needed in (("train", self.train, block_size + 1), ("val", self.val, 2)):
+            if isinstance(tokens, PackedTokens) and len(tokens) < needed:
+                fix = "use a larger --model.block_size, other conversations or another --data.val_fraction"
+                raise UserError(f"the {split} split of {self.folder} is empty: {tokens.summary()}; {fix}")
             if len(tokens) < needed:
                 fix = "use a longer text, a smaller --model.block_size or another --data.val_fraction"
                 found = f"the {split} split of {self.folder} has {len(tokens)} tokens"
                 raise UserError(f"{found}; block_size={block_size} needs {needed}: {fix}")
+        if isinstance(self.train, PackedTokens):
+            return  # whose ids are of this tokenizer: they are made together
         limit = max(vocab_size, self.tokenizer.vocab_size)
         for path, ids in (self.train.files() | self.val.files()).items():
             if path in self.contents and self.contents[path].largest >= limit:
@@ -65,9 +75,23 @@ class Dataset(NamedTuple):
                 fix = "put the tokenizer.json that made it beside it, or copy it again"
                 raise UserError(f"{found}: {fix}")
 
+    def summary(self) -> str:
+        """Return the sizes of both splits."""
+        if isinstance(self.train, PackedTokens) and isinstance(self.val, PackedTokens):
+            return f"{self.train.summary()} to train on, {self.val.summary()} to validate on"
+        return f"{len(self.train):,} tokens to train on, {len(self.val):,} to validate on"
 
-def load_dataset(config: DataConfig) -> Dataset:
-    """Open the token files in `config.source`, or else those of its text, which are prepared if they do not exist."""
+    def characters_per_token(self) -> float:
+        """Return the mean length of the validation split's first tokens, of conversations the ones to predict."""
+        some = self.val.predicted(100_000) if isinstance(self.val, PackedTokens) else self.val.window(0, 100_000)
+        return len(self.tokenizer.decode(some)) / len(some)
+
+
+def load_dataset(config: DataConfig, block_size: int = 0) -> Dataset:
+    """Open the token files in `config.source`, or else those of its text, which are prepared if they do not exist.
+
+    Conversations are packed into windows for this `block_size`.
+    """
     folder = config.source.rstrip("/") if remote.is_url(config.source) else Path(config.source)
     if not _has_token_files(folder):
         if isinstance(folder, str):
@@ -75,9 +99,26 @@ def load_dataset(config: DataConfig) -> Dataset:
         folder = prepare(config)
     if isinstance(folder, Path):
         _require_unchanged(folder)
+    _require_format(folder, config)
     tokenizer = _tokenizer_of(folder, config.tokenizer)
     train, val = (open_split(folder, each, dtype_for(tokenizer.vocab_size)) for each in ("train", "val"))
-    return Dataset(train, val, tokenizer, folder, contents(train.files() | val.files()))
+    found = contents(train.files() | val.files())
+    if config.format == "text":
+        return Dataset(train, val, tokenizer, folder, found)
+    packed = [PackedTokens(tokens, block_size) for tokens in (train, val)]
+    names = [name for name in conversations.SIDE_FILES if Path(folder, name).exists()]
+    texts = {name: Path(folder, name).read_text(encoding="utf-8") for name in names}
+    return Dataset(packed[0], packed[1], tokenizer, folder, found, texts)
+
+
+def _require_format(folder: Path | str, config: DataConfig) -> None:
+    """Raise `UserError` unless the token files are of a text, or of conversations, as the config says."""
+    if isinstance(folder, str) and config.format == "chat":
+        raise UserError(f"data.source={folder} is in a bucket, and conversations are read from a local folder: copy it")
+    made = read_json(folder / MANIFEST) if isinstance(folder, Path) and (folder / MANIFEST).exists() else {}
+    if (made.get("format") == "chat") != (config.format == "chat"):
+        found, fix = ("conversations", "chat") if config.format == "text" else ("the tokens of a text", "text")
+        raise UserError(f"{folder} holds {found}: pass --data.format {fix}, or another --data.source")
 
 
 def prepare(config: DataConfig) -> Path:
@@ -92,7 +133,7 @@ def prepare(config: DataConfig) -> Path:
         Path(config.dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make folder dir={config.dir!r} ({error.strerror}): pass another --data.dir") from error
-    corpus = open_corpus(config)
+    corpus = open_conversations(config) if config.format == "chat" else open_corpus(config)
     recipe, files = _recipe(config, corpus)
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(config.dir, f"{_slug(corpus.name)}-{_slug(Path(config.tokenizer).stem)}-{digest}")
@@ -105,13 +146,18 @@ def prepare(config: DataConfig) -> Path:
         made = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
         with locked(made), contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, made, ignore_errors=True)
-            manifest = _write_folder(made, config, corpus) | {"made_from": made_from}
+            write = _write_conversations if isinstance(corpus, Conversations) else _write_folder
+            manifest = write(made, config, corpus) | {"made_from": made_from}  # type: ignore[arg-type]
             write_atomically(made / MANIFEST, json.dumps(manifest))  # states the type of the tokens
             manifest["digests"] = _digests(made)
             write_atomically(made / MANIFEST, json.dumps(manifest, indent=1))
             (made / LOCK).unlink(missing_ok=True)
             _move_into_place(made, folder, made_from)
     sizes = "{characters:,} characters, vocabulary {vocab_size:,}, train {train_tokens:,} tokens, val {val_tokens:,}"
+    if config.format == "chat":
+        sizes = sizes.replace(
+            "{characters:,} characters", "{conversations:,} conversations, {predicted:,} tokens to learn"
+        )
     print(f"{'reused' if reused else 'prepared'} {folder}: {sizes.format(**read_json(folder / MANIFEST))}")
     return folder
 
@@ -144,9 +190,40 @@ def _write_folder(made: Path, config: DataConfig, corpus: Corpus) -> dict[str, A
     return fields
 
 
-def _recipe(config: DataConfig, corpus: Corpus) -> tuple[dict[str, Any], list[Path]]:
+def _write_conversations(made: Path, config: DataConfig, source: Conversations) -> dict[str, Any]:
+    """Write all files but data.json, whose fields are returned, for conversations."""
+    n = sum(1 for _ in source.all())  # which also finds every mistake in them
+    n_train = int(n * (1 - config.val_fraction))
+    if not 0 < n_train < n:
+        raise UserError(f"{source.identity} has {n} conversations: pass one at least for each split")
+    chat = conversations.chat_format(config, source, n_train)
+    encoded = conversations.encode(chat, with_progress(source.all(), n, "encoding conversations"))
+    first, counts = next(encoded), {"predicted": 0}
+
+    def entries(examples: Iterator[Any]) -> Iterator[Any]:
+        for ids, predicted in examples:
+            counts["predicted"] += int(predicted.sum())
+            yield entries_of(ids, predicted)
+
+    fields: dict[str, Any] = {"conversations": n, "characters": n, "vocab_size": chat.tokenizer.vocab_size}
+    fields |= {"dtype": UINT32.name, "format": "chat"}
+    for split, examples in (
+        ("train", itertools.chain([first], itertools.islice(encoded, n_train - 1))),
+        ("val", encoded),
+    ):
+        fields[f"{split}_tokens"] = write_tokens(made / f"{split}.bin", entries(examples), UINT32)
+    chat.tokenizer.save(made / "tokenizer.json")
+    folder = conversations.settings_folder(config.tokenizer)
+    for name, text in conversations.side_files(chat, folder, first).items():
+        (made / name).write_text(text, encoding="utf-8")
+    return fields | counts
+
+
+def _recipe(config: DataConfig, corpus: Corpus | Conversations) -> tuple[dict[str, Any], list[Path]]:
     """Return the settings that the token files depend on, and the files that they are made from."""
     recipe: dict[str, Any] = {"source": corpus.identity, "format": "nanogpt", "version": _VERSION}
+    if config.format == "chat":
+        recipe["format"] = "chat"
     recipe |= {"tokenizer": config.tokenizer, "val_fraction": config.val_fraction}
     path, files = Path(config.tokenizer), list(corpus.files)
     if config.tokenizer == "bpe":
@@ -154,6 +231,8 @@ def _recipe(config: DataConfig, corpus: Corpus) -> tuple[dict[str, Any], list[Pa
     elif config.tokenizer not in ("char", "gpt2"):
         recipe["tokenizer"] = str(path.resolve())
         files += [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
+        if config.format == "chat" and path.is_file():  # the settings beside it
+            files += [file for name in conversations.SIDE_FILES if (file := path.with_name(name)).exists()]
     return recipe, files
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,19 @@ class PretrainedWeights:
         data = config.data if named else replace(config.data, tokenizer=self.tokenizer)
         return replace(config, model=_adopt(config.model, self.config), data=data)
 
-    def require_fit(self, dataset: Dataset, run_dir: Path) -> None:
-        """Raise `UserError` unless the tokens are of the weights' own tokenizer, and the run has its own folder."""
-        own = Tokenizer.from_name_or_path(self.tokenizer)
-        if own.vocabulary() != dataset.tokenizer.vocabulary():
+    def require_fit(self, dataset: Dataset, run_dir: Path, config: ModelConfig) -> None:
+        """Raise `UserError` unless the tokens are of the weights' own tokenizer, and the run has its own folder.
+
+        Conversations may have special tokens more, which only a run that trains the embeddings can learn.
+        """
+        own, tokens = Tokenizer.from_name_or_path(self.tokenizer).vocabulary(), dataset.tokenizer.vocabulary()
+        new = sorted(tokens.keys() - own.keys()) if dataset.side_files and own.items() <= tokens.items() else []
+        if new and config.lora_rank:
+            raise UserError(
+                f"model.lora_rank={config.lora_rank} trains no embeddings, and {', '.join(new)} would be new tokens of "
+                f"{self.folder}, which has no chat template: train all parameters, or start from a chat model"
+            )
+        if own != tokens and not new:
             raise UserError(
                 f"{dataset.folder} was made with another tokenizer than the weights of {self.folder}: "
                 f"pass --data.tokenizer {self.tokenizer}, and a --data.source of text"
@@ -66,7 +76,8 @@ def open_pretrained(name: str) -> PretrainedWeights:
     if holds_run(path):
         run, params, _ = load_run(path, "best")
         model, params = merge_lora(run.model, params)
-        return PretrainedWeights(model, str(path / "tokenizer.json"), path, lambda *args: reuse_params(params, *args))
+        load = partial(reuse_params, params, model.vocab_size)
+        return PretrainedWeights(model, str(path / "tokenizer.json"), path, load)
     weights = open_weights(path)
     folder, tokenizer = folder_of(path), tokenizer_of(path, weights.config)
     return PretrainedWeights(weights.config, tokenizer, folder, lambda *args: load_params(weights, *args))

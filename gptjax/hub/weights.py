@@ -103,8 +103,9 @@ def open_weights(path: Path) -> Weights:
 def load_params(weights: Weights, config: ModelConfig, abstract: Any, seed: int = 0) -> Any:
     """The parameters of `config` with the shapes, dtypes and shardings of `abstract`, read tensor by tensor.
 
-    Of the positions the first `block_size` are taken, a padded vocabulary is filled with zeros, and LoRA's updates are
-    drawn from `seed`. The host holds little more than one tensor beside the parameters themselves.
+    Of the positions the first `block_size` are taken, a padded vocabulary is filled with zeros, tokens that the
+    checkpoint does not have get the mean of its rows, and LoRA's updates are drawn from `seed`. The host holds little
+    more than one tensor beside the parameters themselves.
     """
     start, n_bytes = time.perf_counter(), 0
     leaves, filled = by_path(abstract), dict[str, jax.Array]()
@@ -125,14 +126,14 @@ def load_params(weights: Weights, config: ModelConfig, abstract: Any, seed: int 
             filled[place.path].block_until_ready()  # else several tensors would be in memory at once
     took = f"in {time.perf_counter() - start:.1f} s, peak host memory {peak_host_memory() / 2**30:.2f} GiB"
     print(f"loaded {weights.source}: {n_bytes / 2**30:.2f} GiB {took}", file=sys.stderr)
-    return _with_lora(filled, config, abstract, seed)
+    return _with_lora(_with_new_rows(filled, weights.config.vocab_size, config.vocab_size), config, abstract, seed)
 
 
-def reuse_params(params: Any, config: ModelConfig, abstract: Any, seed: int = 0) -> Any:
-    """As `load_params`, from parameters of a run without LoRA."""
+def reuse_params(params: Any, vocab_size: int, config: ModelConfig, abstract: Any, seed: int = 0) -> Any:
+    """As `load_params`, from parameters of a run without LoRA that has this vocabulary."""
     known, leaves = by_path(params), by_path(abstract)
     filled = {path: _fitted(np.asarray(known[path]), leaf) for path, leaf in leaves.items() if path in known}
-    return _with_lora(filled, config, abstract, seed)
+    return _with_lora(_with_new_rows(filled, vocab_size, config.vocab_size), config, abstract, seed)
 
 
 def folder_of(path: Path) -> Path:
@@ -194,6 +195,17 @@ def merge_lora(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
         return {name: leaf for name, leaf in tree.items() if "lora_" not in name} | {"kernel": merged}
 
     return replace(config, lora_rank=0), jax.jit(merge)(params)
+
+
+def _with_new_rows(filled: dict[str, jax.Array], n_known: int, vocab_size: int) -> dict[str, jax.Array]:
+    """The parameters with the mean of the known rows of embedding and head in the rows of new tokens."""
+
+    @jax.jit(donate_argnums=0)
+    def extend(matrix_VD: jax.Array) -> jax.Array:
+        return matrix_VD.at[n_known:vocab_size].set(jnp.mean(matrix_VD[:n_known], axis=0, keepdims=True))
+
+    names = [name for name in ("token_embedding", "head") if name in filled and vocab_size > n_known]
+    return filled | {name: extend(filled[name]) for name in names}
 
 
 def _with_lora(filled: dict[str, jax.Array], config: ModelConfig, abstract: Any, seed: int) -> Any:

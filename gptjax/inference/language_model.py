@@ -12,18 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gptjax.cli import CHECKPOINT_HELP as CHECKPOINT_HELP
-from gptjax.cli import DTYPE_HELP as DTYPE_HELP
-from gptjax.cli import MODEL_HELP as MODEL_HELP
-from gptjax.cli import Dtype as Dtype
-from gptjax.cli import Which as Which
+from gptjax.chat import template as chat
+from gptjax.chat.tokens import encode_chat
+from gptjax.cli import Dtype, Which
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.files import read_json
 from gptjax.hub.families import draw_params
 from gptjax.hub.weights import folder_of, load_params, locate, merge_lora, open_weights, stop_ids, tokenizer_of
-from gptjax.inference import chat_template as chat
-from gptjax.inference.chat_tokens import encode_chat
 from gptjax.inference.decoder import hidden, lay_out, logits
 from gptjax.inference.generate import PrefixCache, generate, padded_length
 from gptjax.inference.quantize import quantize

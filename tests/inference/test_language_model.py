@@ -13,10 +13,10 @@ import pytest
 import scipy.special
 
 from gptjax import sample
+from gptjax.chat import template as chat
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.hub.export import export
-from gptjax.inference import chat_template as chat
 from gptjax.inference import generate
 from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import Sampling

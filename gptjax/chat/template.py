@@ -1,14 +1,19 @@
-"""Hugging Face chat templates, rendered as `transformers` does, in a child process that confines hostile ones."""
+"""Hugging Face chat templates, rendered as `transformers` does, in a child process that confines hostile ones.
+
+A conversation is a list of {"role": ..., "content": ...}.
+"""
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
@@ -19,14 +24,30 @@ from jinja2.utils import Namespace
 from gptjax.errors import UserError
 from gptjax.files import read_json
 
+# ChatML, for models without a template of their own, and its special tokens.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+DEFAULT_TOKENS = ("<|im_start|>", "<|im_end|>")
+_OPEN, _CLOSE = "\ud801", "\ud802"  # around what a template marks; halves of surrogate pairs, which no text has
 _MEMORY = 1 << 30  # bytes that the child process may map
 _LONGEST = 1 << 24  # characters of a rendered conversation, far more than any model reads
 # Isolated (-I) from modules in the current folder, with the parent's module search path.
-_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from gptjax.inference.chat_template import _serve; _serve()"
+_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from gptjax.chat.template import _serve; _serve()"
 # Python and jinja2 import some modules on first use, which fails once opening files is forbidden: use them before.
 _WARM_UP = r"{{ 'a\n' | wordwrap | indent | pprint }}{{ lipsum() }}{{ strftime_now('%B') }}{{ raise_exception('') }}"
 # The audit events of a template that runs as it should, and of jinja2 when it looks up the line of an error.
 _HARMLESS = {"builtins.id", "compile", "exec", "code.__new__", "object.__getattr__"}
+
+
+class Rendered(NamedTuple):
+    """The text of a conversation, and from where to where in it the model's own text is."""
+
+    text: str
+    spans: Sequence[tuple[int, int]]
 
 
 def find_template(folder: Path) -> str | None:
@@ -70,27 +91,62 @@ def render(
     The template runs in a child process, in jinja2's sandbox, with limited time and memory and no access to files.
     On Windows, which has no `resource` module, only time is limited. Raises `UserError` if the template fails.
     """
-    values = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "documents": None}
-    request = {"template": template, "values": values | special_tokens, "timeout": timeout}
+    values = _NOTHING_ELSE | special_tokens | {"messages": list(messages), "add_generation_prompt": True}
+    answer = _ask({"template": template, "values": values, "timeout": timeout}, _INSTEAD)
+    if "error" in answer:
+        raise _failure(answer["error"], _INSTEAD)
+    return answer["text"]
+
+
+def render_examples(
+    template: str,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    special_tokens: dict[str, str],
+    ends: Collection[str] = (),
+    timeout: float = 60.0,
+) -> list[Rendered | UserError]:
+    """Whole conversations as texts, with the place of the assistant's text in each, or why the template fails.
+
+    These places are what {% generation %} marks in the template. In a template without it an answer is what its message
+    adds to the text of the messages before it with the generation prompt, without the white space that follows it if it
+    ends in one of `ends`, the special tokens. That fails where a template writes a turn otherwise when others follow.
+    """
+    values = _NOTHING_ELSE | special_tokens
+    request = {"template": template, "values": values, "ends": list(ends), "timeout": timeout}
+    answers = _ask(request | {"examples": [list(messages) for messages in conversations]}, _CORRECT)
+    if "error" in answers:
+        raise _failure(answers["error"], _CORRECT)
+    return [
+        _failure(each["error"], _CORRECT)
+        if "error" in each
+        else Rendered(each["text"], [(start, end) for start, end in each["spans"]])
+        for each in answers["examples"]
+    ]
+
+
+_NOTHING_ELSE: dict[str, Any] = {"tools": None, "documents": None}
+_INSTEAD = "; prompt the model without it: sample.py with --prompt, not --chat"
+_CORRECT = "; correct the template or the messages"
+
+
+def _ask(request: dict[str, Any], fix: str) -> dict[str, Any]:
+    """The child's answer to a request. Raises `UserError` if it gives none in time."""
+    timeout = request["timeout"]
     paths = [path for path in sys.path if path] + [str(Path(__file__).parents[2])]
     command = [sys.executable, "-I", "-c", _CHILD, *paths]
     try:
         child = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
-        raise _failure(f"took longer than {timeout:g} s") from error
+        raise _failure(f"took longer than {timeout:g} s", fix) from error
     if child.returncode:
         last_line = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise _failure(f"stopped with exit code {child.returncode}: {last_line}")
-    answer = json.loads(child.stdout)
-    if "error" in answer:
-        raise _failure(answer["error"])
-    return answer["text"]
+        raise _failure(f"stopped with exit code {child.returncode}: {last_line}", fix)
+    return json.loads(child.stdout)
 
 
-def _failure(reason: str) -> UserError:
+def _failure(reason: str, fix: str) -> UserError:
     printable = "".join(character if character.isprintable() else " " for character in reason)  # no terminal commands
-    reason = " ".join(printable.split())[:300].rstrip(" .:")
-    return UserError(f"the chat template {reason}; prompt the model without it: sample.py with --prompt, not --chat")
+    return UserError("the chat template " + " ".join(printable.split())[:300].rstrip(" .:") + fix)
 
 
 # What follows runs in the child process.
@@ -102,13 +158,66 @@ def _serve() -> None:
     with contextlib.suppress(TemplateError):
         _text(_WARM_UP, {})
     _confine(request["timeout"])
+    template, values = request["template"], request["values"]
+    if "examples" not in request:
+        answer = _answer(lambda: {"text": _text(template, values)})
+    else:
+        answer = _answer(lambda: {"examples": _examples(template, values, request["examples"], request["ends"])})
+    sys.stdout.write(json.dumps(answer))
+
+
+def _answer(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returns, or the reason why it fails."""
     try:
-        answer = json.dumps({"text": _text(request["template"], request["values"])})
+        return make()
     except MemoryError:
-        answer = json.dumps({"error": f"needs more than {_MEMORY >> 30} GiB of memory"})
+        return {"error": f"needs more than {_MEMORY >> 30} GiB of memory"}
     except Exception as error:  # a template can raise anything
-        answer = json.dumps({"error": _reason(error)})
-    sys.stdout.write(answer)
+        return {"error": _reason(error)}
+
+
+def _examples(template: str, values: Mapping[str, Any], conversations: Any, ends: Sequence[str]) -> list[Any]:
+    """For each conversation the fields of `Rendered`, or an error."""
+    marked = re.search(r"{%[-+]?\s*generation\b", template) is not None
+    write = _compiled(template, _MarkedGeneration if marked else _Generation)
+
+    def text(messages: Any, prompt: bool) -> str:
+        return write(dict(values) | {"messages": messages, "add_generation_prompt": prompt})
+
+    def example(messages: Any) -> dict[str, Any]:
+        whole = text(messages, False)
+        return _marked(whole) if marked else {"text": whole, "spans": _answers(text, messages, whole, tuple(ends))}
+
+    return [_answer(partial(example, messages)) for messages in conversations]
+
+
+def _marked(text: str) -> dict[str, Any]:
+    """A text without the marks of {% generation %}, and the places of what was between them."""
+    plain, spans = "", []
+    for piece in re.split(f"([{_OPEN}{_CLOSE}])", text):
+        if piece == _OPEN:
+            start = len(plain)
+        elif piece == _CLOSE:
+            spans.append((start, len(plain)))
+        else:
+            plain += piece
+    return {"text": plain, "spans": spans}
+
+
+def _answers(text: Callable[[Any, bool], str], messages: Any, whole: str, ends: tuple[str, ...]) -> list[Any]:
+    """The place of each answer in the text of a whole conversation, by the texts of its first messages."""
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = text(messages[:i], True), text(messages[: i + 1], False)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise _Refusal(
+                    f"writes the first {i + 1} messages otherwise when more follow, so an answer has no known place: "
+                    "mark it with {% generation %} and {% endgeneration %}"
+                )
+            end = len(before) + len(after[len(before) :].rstrip())
+            spans.append((len(before), end if after[:end].endswith(ends) else len(after)))
+    return spans
 
 
 def _confine(timeout: float) -> None:
@@ -127,8 +236,13 @@ def _confine(timeout: float) -> None:
 
 
 def _text(template: str, values: Mapping[str, Any]) -> str:
+    return _compiled(template, _Generation)(values)
+
+
+def _compiled(template: str, generation: type[Extension]) -> Callable[[Mapping[str, Any]], str]:
+    """The function from a template's variables to its text."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {
@@ -137,9 +251,14 @@ def _text(template: str, values: Mapping[str, Any]) -> str:
         "dict": _Dict(),
         "namespace": _Namespace,
     }
-    text = environment.from_string(template).render(values)
-    if len(text) > _LONGEST:
-        raise _Refusal(f"writes more than {_LONGEST:,} characters")
+    compiled = environment.from_string(template)
+
+    def text(values: Mapping[str, Any]) -> str:
+        text = compiled.render(values)
+        if len(text) > _LONGEST:
+            raise _Refusal(f"writes more than {_LONGEST:,} characters")
+        return text
+
     return text
 
 
@@ -203,3 +322,13 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(list(parser.parse_statements(("name:endgeneration",), drop_needle=True)), lineno=line)
+
+
+class _MarkedGeneration(_Generation):
+    """{% generation %} with marks around what is in it."""
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        scope: Any = super().parse(parser)
+        first, last = [nodes.Output([nodes.TemplateData(mark)], lineno=scope.lineno) for mark in (_OPEN, _CLOSE)]
+        scope.body = [first, *scope.body, last]
+        return scope

@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from gptjax.chat import template as chat_template
+from gptjax.chat.tokens import encode_chat
 from gptjax.errors import UserError
-from gptjax.inference import chat_template
-from gptjax.inference.chat_tokens import encode_chat
 from gptjax.tokenizer import Tokenizer
 
 CHATML = (

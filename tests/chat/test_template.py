@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from gptjax.chat.template import find_template, render, special_tokens
 from gptjax.errors import UserError
-from gptjax.inference.chat_template import find_template, render, special_tokens
 
 ROOT = Path(__file__).parents[2]
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -189,7 +189,7 @@ def serve(template, folder, before="pass", timeout=10.0):
     """The child itself, without its parent."""
     request = {"template": template, "values": {}, "timeout": timeout}
     return subprocess.run(
-        [sys.executable, "-c", f"from gptjax.inference import chat_template as chat; {before}; chat._serve()"],
+        [sys.executable, "-c", f"from gptjax.chat import template as chat; {before}; chat._serve()"],
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -5,6 +5,7 @@ rendered. What is whole in the rendered text is the template's own.
 """
 
 import functools
+import itertools
 import json
 import re
 import secrets
@@ -12,36 +13,43 @@ import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
+from gptjax.chat.template import Rendered
 from gptjax.errors import UserError
-from gptjax.inference.sampling import TokenIds
 from gptjax.tokenizer import Tokenizer
 
 _BREAK = "\ud800"  # half of a surrogate pair
 Message = dict[str, str]
+TokenIds = Int32[np.ndarray, " _"]
+Mask = Bool[np.ndarray, " _"]
 
 
 def encode_chat(
     tokenizer: Tokenizer, template: str, render: Callable[[Sequence[Message]], str], messages: Sequence[Message]
 ) -> TokenIds:
-    """The ids of the rendered conversation; those of transformers, unless a content spells a special token.
+    """The ids of the rendered conversation; those of transformers, unless a content spells a special token."""
+    return encode_example(tokenizer, template, lambda each: Rendered(render(each), []), messages)[0]
+
+
+def encode_example(
+    tokenizer: Tokenizer, template: str, render: Callable[[Sequence[Message]], Rendered], messages: Sequence[Message]
+) -> tuple[TokenIds, Mask]:
+    """The ids of a rendered conversation, as `encode_chat`, and which of them have a part in the rendered spans.
 
     Special are also added tokens of the template such as <tool_call>. A template may have to find these in a content,
     as it cuts an answer before </think>: where breaking one changes the rendered text otherwise, it stays whole.
     """
-    text = render(messages)
-    ids = tokenizer.encode(text, special=True)
-    added = {name: is_special for name, is_special in tokenizer.added_tokens.items() if len(name) > 1}
-    special = frozenset(name for name, is_special in added.items() if is_special)
-    marks = special | {name for name in added if name[0] in "<[" and name in template}
+    rendered = render(messages)
+    special, marks = _special(tokenizer, template)
     candidates = []
     for of_assistant, of_others in ((marks, marks), (special, marks), (special, special)):
         names = [of_assistant if message["role"] == "assistant" else of_others for message in messages]
         contents = [_broken(message["content"], each) for message, each in zip(messages, names, strict=True)]
         if contents == [message["content"] for message in messages]:
-            return ids
+            return _encode(tokenizer, *rendered)
         candidates.append(render([m | {"content": content} for m, content in zip(messages, contents, strict=True)]))
-        if candidates[-1].replace(_BREAK, "") == text:
+        if candidates[-1].text.replace(_BREAK, "") == rendered.text:
             return _encode_whole(tokenizer, marks, candidates[-1])
     print(
         "note: a message spells a special token that the chat template looks for; it is read as text", file=sys.stderr
@@ -49,26 +57,56 @@ def encode_chat(
     return _encode_whole(tokenizer, marks, candidates[0])
 
 
+@functools.lru_cache(maxsize=2)
+def _special(tokenizer: Tokenizer, template: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of a tokenizer's special tokens, and with those of the template's other added tokens."""
+    added = {name: is_special for name, is_special in tokenizer.added_tokens.items() if len(name) > 1}
+    special = frozenset(name for name, is_special in added.items() if is_special)
+    return special, special | {name for name in added if name[0] in "<[" and name in template}
+
+
+@functools.lru_cache(maxsize=4)
+def _starts(names: frozenset[str]) -> tuple[re.Pattern[str], tuple[str, ...]]:
+    """A pattern for the first character of a name, and the proper prefixes of the names."""
+    return re.compile(f"(?=(?:{_any_of(names)}))(?s:.)"), tuple(
+        {name[:n] for name in names for n in range(1, len(name))}
+    )
+
+
 def _broken(content: str, names: frozenset[str]) -> str:
     """The content with a break in each of the names, also in one that the text behind the content could complete."""
+    pattern, prefixes = _starts(names)
     if names:
-        content = re.sub(f"(?=(?:{_any_of(names)}))(?s:.)", rf"\g<0>{_BREAK}", content)
+        content = pattern.sub(rf"\g<0>{_BREAK}", content)
     end = content.rstrip()
-    if any(end.endswith(name[:n]) for name in names for n in range(1, len(name))):
+    if end.endswith(prefixes):
         content = end + _BREAK + content[len(end) :]
     return content
 
 
-def _encode_whole(tokenizer: Tokenizer, names: frozenset[str], text: str) -> TokenIds:
-    """The ids of a text in which the names are special tokens where they are whole, and text where they are broken."""
+def _encode(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> tuple[TokenIds, Mask]:
+    ids, places_T2 = tokenizer.encode_with_places(text)
+    mask_T = np.zeros(len(ids), bool)
+    for start, end in spans:
+        mask_T |= (places_T2[:, 0] < end) & (places_T2[:, 1] > start)
+    return ids, mask_T
+
+
+def _encode_whole(tokenizer: Tokenizer, names: frozenset[str], rendered: Rendered) -> tuple[TokenIds, Mask]:
+    """As `_encode`, where the names are special tokens if they are whole, and text if they are broken."""
     renamed, aliases, ids, marks = _rename(tokenizer, names)
-    text, n = re.subn(_any_of(names), lambda found: aliases[found[0]], text)
-    tokens = ids[renamed.encode(text.replace(_BREAK, ""), special=True)]
+    (text, spans), n = rendered, len(re.findall(_any_of(names), rendered.text))
+    ends = sorted({0, len(text), *(place for span in spans for place in span)})
+    pieces = [re.sub(_any_of(names), lambda found: aliases[found[0]], text[i:j]) for i, j in itertools.pairwise(ends)]
+    pieces = [piece.replace(_BREAK, "") for piece in pieces]
+    moved = dict(zip(ends, itertools.accumulate(map(len, pieces), initial=0), strict=True))
+    tokens, mask_T = _encode(renamed, "".join(pieces), [(moved[start], moved[end]) for start, end in spans])
+    tokens = ids[tokens]
     if np.isin(tokens, marks).sum() != n:
         raise UserError(
             "a message spells a special token that this tokenizer cannot encode as text: write it otherwise"
         )
-    return tokens
+    return tokens, mask_T
 
 
 @functools.lru_cache(maxsize=2)

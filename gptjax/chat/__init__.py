@@ -1,0 +1,1 @@
+"""Conversations as tokens: chat templates, their ids, and data sets of messages."""
