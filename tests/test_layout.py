@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WINGS = ("hub", "inference", "planning")  # each may import from those before it
-COMMANDS = {"__main__", "compare", "evaluate", "export", "plan", "sample", "train", "verify"}
+WINGS = ("hub", "inference", "planning", "serving")  # each may import from those before it
+COMMANDS = {"__main__", "compare", "evaluate", "export", "plan", "sample", "serve", "train", "verify"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in [*(ROOT / "gptjax").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"]
