@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -310,6 +311,12 @@ class TrainConfig(Section):
         10, "updates in a row that are skipped because the loss or the gradient is not finite, before the run stops"
     )
     seed: int = option(1337, "random seed of initialization, batches and dropout")
+    wandb: str | None = free(
+        None, "log to this project of Weights & Biases too; WANDB_MODE=offline: in the run's folder", metavar="PROJECT"
+    )
+    profile: str | None = free(
+        None, "record a profile of steps A to B, for example 10:13, into the run's folder", metavar="A:B"
+    )
 
     def validate(self) -> None:
         intervals = "eval_interval save_interval log_interval keep_checkpoints keep_every"
@@ -319,6 +326,16 @@ class TrainConfig(Section):
         self.require_within(0, 2**32 - 1, "seed")
         divides = f"does not divide into train.accumulate={self.accumulate} equal micro-steps"
         self.require(self.batch_size % self.accumulate == 0, "batch_size", divides)
+        self.require(self.wandb != "", "wandb", "names no project")
+        steps = self.profile is None or re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", self.profile)
+        ordered = bool(steps) and (self.profiled is None or self.profiled[0] <= self.profiled[1])
+        self.require(ordered, "profile", "is not A:B with steps 1 <= A <= B")
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step to profile."""
+        first, _, last = (self.profile or "").partition(":")
+        return (int(first), int(last)) if first else None
 
     def evaluates(self, step: int) -> bool:
         """Whether the run evaluates after this step."""

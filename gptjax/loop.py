@@ -24,6 +24,7 @@ from gptjax.distributed import StopSignal
 from gptjax.errors import UserError, first_line
 from gptjax.files import write_atomically
 from gptjax.metrics import Metrics
+from gptjax.profiler import Profiler
 from gptjax.report_page import write_page
 from gptjax.resolve import resolve
 from gptjax.run_dir import require_resumable, saved_config
@@ -114,6 +115,32 @@ def train(
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
             return 0
         return _train_and_report(run, state, progress, peak, stop, sample)
+
+
+def evaluate(
+    config: Config, run_dir: Path | None, weights: InitialWeights | None = None, from_step: int | None = None
+) -> float:
+    """Print and return the validation loss of a run's best parameters, or of those of `from_step`, or of `weights`.
+
+    Nothing is written. Raises `UserError` if there are no parameters, or if data or devices do not fit.
+    """
+    if run_dir is None and weights is None:
+        raise UserError("nothing to evaluate: name a run with --out_dir, or weights with --init_from")
+    saved = saved_config(run_dir, step=from_step) if run_dir else None
+    dataset = distributed.after_first("data", lambda: load_dataset(config.data))
+    config, model, mesh = _fit_to_devices(fit_to_data(config, dataset, saved), dataset)
+    steps = compile_steps(replace(config, model=model), mesh)
+    if weights:
+        weights.require_fit(dataset, Path("eval_only"))
+        params, name = weights.load(config.model, steps.state.params, config.train.seed), f"{config.init_from}"
+    if run_dir:
+        kept = Checkpoints(run_dir / "checkpoints" / ("best" if from_step is None else "latest"), read_only=True)
+        trees, _ = kept.restore(from_step, params=steps.state.params)
+        params, name = trees["params"], f"{run_dir}, step {kept.step if from_step is None else from_step:,}"
+    loss = validation_loss(Run(config, Path(), dataset, mesh, steps, None, None), params)  # type: ignore[arg-type]
+    assert loss is not None
+    print(f"{name}: validation loss {loss:.4f}")
+    return loss
 
 
 def fit_to_data(config: Config, dataset: Dataset, saved: Config | None = None) -> Config:
@@ -236,11 +263,13 @@ def _train_and_report(
     ):
         metrics.skipped = progress.skipped
         step = _loop(run, state, progress, metrics, stop)
-    if stop.agreed and (step < config.train.max_steps or progress.evaluated_step != step):
+        stopped = bool(stop.agreed) and (step < config.train.max_steps or progress.evaluated_step != step)
+        samples = _samples(run, sample, metrics) if sample and distributed.is_first() and not stopped else {}
+    if stopped:
         print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run.folder}")
         return 128 + stop.agreed
     if distributed.is_first():
-        _report(run, progress, token_flops / peak, sample)
+        _report(run, progress, token_flops / peak, samples)
     return 0
 
 
@@ -252,12 +281,17 @@ def _loop(run: Run, state: TrainState, progress: Progress, metrics: Metrics, sto
         progress.evaluated_step is not None and progress.evaluated_step < step and options.evaluates(step)
     ):
         finished |= _evaluate(run, state, progress, metrics, stop)  # of a run that was stopped while it evaluated
-    with closing(batches.prefetch(batch_maker(run), range(step, options.max_steps))) as stream:
+    with (
+        closing(batches.prefetch(batch_maker(run), range(step, options.max_steps))) as stream,
+        closing(Profiler(run.folder / "profile", options.profiled)) as profiler,
+    ):
         while not (finished or stop.agree()):
             windows = next(stream)
             step += 1
             distributed.at_step(step)
-            state, step_metrics = run.steps.train(state, windows)
+            with profiler.step(step, state):
+                state, step_metrics = run.steps.train(state, windows)
+            profiler.after(step, state)
             metrics.add(step, step_metrics)
             finished = step == options.max_steps
             if options.evaluates(step):
@@ -300,6 +334,7 @@ def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics,
         if distributed.is_first() and step:
             try:
                 report.plot_losses(run.folder / "metrics.csv", run.folder / "loss.png", title=run.folder.name)
+                metrics.picture(run.folder / "loss.png")
             except Exception as error:  # no picture is worth the run
                 metrics.print(f"note: loss.png was not drawn: {first_line(error)}")
     return bool(options.patience) and step - progress.best_step >= options.patience * options.eval_interval
@@ -419,15 +454,14 @@ def _place(run: Run, step: int) -> str:
     return f"step {step:,} (windows of the training split from tokens {some})"
 
 
-def _report(run: Run, progress: Progress, mfu_per_token_rate: float, sample: Callable[[Path, int], str] | None) -> None:
-    """Write report.html and report.md, with samples where one device holds the parameters with room to spare."""
+def _report(run: Run, progress: Progress, mfu_per_token_rate: float, samples: dict[int, str]) -> None:
+    """Write report.html and report.md."""
     try:
         metrics = report.read_metrics(run.folder / "metrics.csv")
     except OSError as error:
         print(f"note: no report, as metrics.csv cannot be read: {error}")
         return
     mfu = report.median_rate(metrics) * mfu_per_token_rate
-    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.steps.state.params))
     local = run.mesh.local_devices
     figures = report.Figures(
         metrics,
@@ -438,7 +472,6 @@ def _report(run: Run, progress: Progress, mfu_per_token_rate: float, sample: Cal
         memory=sum(map(memory, local)),
         skipped=progress.skipped,
     )
-    samples = _samples(run, sample) if sample and n_bytes <= memory(local[0]) / 2 else {}
     facts, next_steps = report.facts(figures), advice(figures)
     try:
         write_page(run.folder, figures, facts, next_steps, samples)
@@ -449,13 +482,21 @@ def _report(run: Run, progress: Progress, mfu_per_token_rate: float, sample: Cal
     print(f"\n{text}\npage:   {run.folder / 'report.html'}\nsample: python sample.py --run {run.folder}")
 
 
-def _samples(run: Run, sample: Callable[[Path, int], str]) -> dict[int, str]:
-    """The texts of the best checkpoint and of at most `MOST_SAMPLES` others, spread evenly, by their steps."""
+def _samples(run: Run, sample: Callable[[Path, int], str], metrics: Metrics) -> dict[int, str]:
+    """The texts of the best checkpoint and of at most `MOST_SAMPLES` others, spread evenly, by their steps.
+
+    There are none where one device does not hold the parameters with room to spare.
+    """
+    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.steps.state.params))
+    if n_bytes > memory(run.mesh.local_devices[0]) / 2:
+        return {}
     kept, texts = run.latest.steps, {}
     spread = {kept[i] for i in np.linspace(0, len(kept) - 1, min(len(kept), MOST_SAMPLES)).astype(int)}
-    for step in sorted(spread if run.best.step is None else spread | {run.best.step}):
-        try:
-            texts[step] = sample(run.folder, step)
-        except UserError as error:  # a damaged checkpoint costs the report its sample alone
-            print(f"note: no sample of step {step:,} in the report: {error}")
+    with metrics.pause("sampling"):
+        for step in sorted(spread if run.best.step is None else spread | {run.best.step}):
+            try:
+                texts[step] = sample(run.folder, step)
+            except UserError as error:  # a damaged checkpoint costs the report its sample alone
+                metrics.print(f"note: no sample of step {step:,} in the report: {error}")
+    metrics.samples(texts)
     return texts

@@ -1,11 +1,10 @@
-"""The metrics of a run, step by step: metrics.csv, TensorBoard, and a progress bar or plain lines."""
+"""The metrics of a run, step by step: metrics.csv, trackers such as TensorBoard, and a progress bar or plain lines."""
 
 import contextlib
 import csv
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,8 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from gptjax import distributed
 from gptjax.config import Config
-from gptjax.errors import UserError
+from gptjax.errors import UserError, first_line
 from gptjax.files import write_atomically
+from gptjax.trackers import TensorBoard, WeightsAndBiases
 
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second")
 SECONDS_BETWEEN_LINES = 5.0  # where the output is not a terminal
@@ -75,9 +75,12 @@ class Metrics:
         self._display = _Display(config.train.max_steps, start)
         self.print = self._display.print
         self._tensorboard: Any = None
+        self._wandb: Any = None
+        if distributed.is_first() and config.train.wandb:
+            self._wandb = WeightsAndBiases(run_dir, config)
         with self._logging("tensorboard"):
             if distributed.is_first():
-                self._tensorboard = _Events(run_dir / "tensorboard", start)
+                self._tensorboard = TensorBoard(run_dir / "tensorboard", start)
 
     @property
     def seconds(self) -> float:
@@ -144,25 +147,38 @@ class Metrics:
         with self._logging("csv"):
             if self._csv:
                 csv.DictWriter(self._csv, COLUMNS, lineterminator="\n").writerow(values)
-        with self._logging("tensorboard"):
-            if self._tensorboard:
-                self._tensorboard.write(
-                    self.step, {name: values[name] for name in COLUMNS[3:] if values[name] is not None}
-                )
+        self._track(lambda log: log.write(self.step, {n: values[n] for n in COLUMNS[3:] if values[n] is not None}))
         self._display.show(self.step, values, math.nan if rate is None else rate * self._mfu_per_token_rate)
         self._losses, self._row_began, self._row_step, self._paused = [], time.perf_counter(), self.step, 0.0
+
+    def picture(self, png: Path) -> None:
+        """Hand the picture of the losses to the trackers."""
+        self._track(lambda log: log.picture(self.step, png))
+
+    def samples(self, texts: Mapping[int, str]) -> None:
+        """Hand texts by the step of their checkpoint to the trackers."""
+        self._track(lambda log: log.samples(texts))
+
+    def _track(self, write: Callable[[Any], None]) -> None:
+        for name in ("tensorboard", "wandb"):
+            with self._logging(name):
+                if log := getattr(self, f"_{name}"):
+                    write(log)
 
     @contextlib.contextmanager
     def _logging(self, log: str) -> Iterator[None]:
         """A block that writes a log: if it fails, as on a full disk, the run continues without that log."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
+            if not isinstance(error, OSError) and log != "wandb":
+                raise
             file = getattr(self, f"_{log}")
             setattr(self, f"_{log}", None)
-            with contextlib.suppress(OSError, AttributeError):
+            with contextlib.suppress(Exception):
                 file.close()
-            self.print(f"note: {log} log stopped at step {self.step:,}: {error.strerror or error}; the run continues")
+            reason = getattr(error, "strerror", None) or first_line(error)
+            self.print(f"note: {log} log stopped at step {self.step:,}: {reason}; the run continues")
 
     @contextlib.contextmanager
     def pause(self, doing: str) -> Iterator[None]:
@@ -178,7 +194,7 @@ class Metrics:
 
     def __exit__(self, *exception: object) -> None:
         self._display.bar.stop()
-        for log, file in (("csv", self._csv), ("tensorboard", self._tensorboard)):
+        for log, file in (("csv", self._csv), ("tensorboard", self._tensorboard), ("wandb", self._wandb)):
             with self._logging(log):
                 if file:
                     file.close()
@@ -193,37 +209,6 @@ def _open_csv(path: Path, start: int) -> TextIO:
             kept.append(line)
     write_atomically(path, "\n".join([",".join(COLUMNS), *kept]) + "\n")
     return path.open("a", newline="", buffering=1)  # a row is in the file as soon as it is written
-
-
-class _Events:
-    """TensorBoard's event file, written at once: a writing thread that dies on a full disk would block the run."""
-
-    def __init__(self, folder: Path, start: int) -> None:
-        hide = "torch" not in sys.modules  # which tensorboardX would import, for seconds, without need
-        if hide:
-            sys.modules["torch"] = None  # type: ignore[assignment]
-        try:
-            from tensorboardX import event_file_writer, proto, summary
-        finally:
-            if hide:
-                del sys.modules["torch"]
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
-        self._event, self._scalar = proto.event_pb2.Event, summary.scalar
-        if start:  # TensorBoard drops what the run before wrote after this step
-            session = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
-            self._write(start + 1, session_log=session)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._write(step, summary=self._scalar(name, value))
-        self._writer.flush()
-
-    def _write(self, step: int, **content: Any) -> None:
-        self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class _Display:

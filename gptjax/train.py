@@ -37,6 +37,9 @@ class Arguments(Section):
     auto_resume: bool = run(
         False, "--resume if --out_dir holds a run that can go on, else begin it: for jobs that a cluster starts again"
     )
+    eval_only: bool = run(
+        False, "print the validation loss of the run in --out_dir, or of --init_from's weights, and train nothing"
+    )
     cpu_devices: int | None = cluster(
         None,
         "CPU devices of a process; none: those of the mesh, or as many as there are cores and as divide a batch evenly",
@@ -68,6 +71,8 @@ class Arguments(Section):
         """
         from gptjax.run_dir import can_resume, new_run_dir, newest_run
 
+        if self.eval_only and self.resume is None:
+            return Path(self.out_dir or ".")
         name = Path(self.config).stem if self.config else None
         automatic = self.auto_resume and self.out_dir is not None and can_resume(Path(self.out_dir))
         if self.resume is None and not automatic:
@@ -75,7 +80,8 @@ class Arguments(Section):
         path = Path(self.out_dir) if self.out_dir else newest_run(name)
         if not can_resume(path):
             raise UserError(f"{path} holds no run with a checkpoint to resume; leave --resume out to start one there")
-        lock.enter_context(locked(path))
+        if not self.eval_only:
+            lock.enter_context(locked(path))
         return path
 
 
@@ -112,8 +118,9 @@ def _train(arguments: Arguments, given: Config | None, argv: Sequence[str]) -> i
     from gptjax import distributed
     from gptjax.host import use_cores
     from gptjax.hub.init_from import open_pretrained, resumed
-    from gptjax.loop import train
+    from gptjax.loop import evaluate, train
     from gptjax.run_dir import can_resume, saved_config
+    from gptjax.trackers import require_trackers
 
     named = {argument.removeprefix("--").partition("=")[0] for argument in argv}
     with (
@@ -126,6 +133,7 @@ def _train(arguments: Arguments, given: Config | None, argv: Sequence[str]) -> i
         saved = saved_config(run_dir, step=from_step) if resume else None
         config = given or saved or Config()
         _, config = _parser(arguments, config).parse(argv, arguments, config)
+        require_trackers(config)
         rows = config.train.batch_size // config.train.accumulate
         on_mesh = config.mesh.data * (config.mesh.fsdp or 1) * config.mesh.tensor  # negative: one of them is the rest
         n_processes = distributed.count()
@@ -136,4 +144,7 @@ def _train(arguments: Arguments, given: Config | None, argv: Sequence[str]) -> i
         elif config.init_from:
             weights = open_pretrained(config.init_from)
             config = weights.adapt(config)
+        if arguments.eval_only:
+            evaluate(config, run_dir if resume else None, weights, from_step)
+            return 0
         return train(config, run_dir, resume, weights, sample, from_step, named)

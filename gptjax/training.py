@@ -134,8 +134,9 @@ def train_step(
     """
 
     def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
-        updates, opt_state = _optimizer(config).update(grads, opt_state, params)
-        return split_update(optax.apply_updates(params, updates)), opt_state
+        with jax.named_scope("optimizer"):
+            updates, opt_state = _optimizer(config).update(grads, opt_state, params)
+            return split_update(optax.apply_updates(params, updates)), opt_state
 
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     loss, grads = gradient(config, key, state.params, windows_ABW)

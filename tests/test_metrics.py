@@ -95,7 +95,7 @@ def test_a_log_that_cannot_be_written_is_a_note_and_the_run_continues(tmp_path, 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("gptjax.metrics._Events.write", full)
+    monkeypatch.setattr("gptjax.trackers.TensorBoard.write", full)
     rows = run(tmp_path, range(1, 11))
     assert [row["step"] for row in rows] == ["2", "4", "6", "8", "10"]
     assert capsys.readouterr().out.count("tensorboard log stopped at step 2: No space left on device") == 1

@@ -163,6 +163,17 @@ def test_resuming_a_finished_run_changes_nothing(trained, folder, train, state_o
     assert_bit_equal(before, state_of(folder / "out" / "default"))
 
 
+def test_eval_only_prints_the_loss_of_the_best_parameters_and_writes_nothing(trained, folder, train, capsys):
+    run_dir = folder / "out" / "default"
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert train("--eval_only", "--out_dir", run_dir) == 0
+    best = min(float(row["val_loss"]) for row in rows(run_dir) if row["val_loss"])
+    assert f"step 24: validation loss {best:.4f}" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        train("--eval_only", *TINY)
+
+
 RESUME = ["--resume", "--out_dir", "out/default"]
 
 
