@@ -88,8 +88,6 @@ EXCEPTIONS = {
     "python train.py --config configs/gpt2_124m.py --data.source gs://...": CLOUD,
     "gcloud ...": CLOUD,
     "srun ...": CLUSTER,
-    "code=$?": CLUSTER,
-    "[ $code -eq 0 ] ...": CLUSTER,
     "python train.py --coordinator ...": CLUSTER,
     "python -m venv plan": COMPILERS,
     "plan/bin/...": COMPILERS,
