@@ -17,6 +17,7 @@ COMMANDS = {  # each is gptjax/NAME.py or gptjax/NAME/__main__.py, with a functi
     "compare": "answers of several models to the same prompts, side by side on one page",
     "evaluate": "loss of a text, or HellaSwag",
     "export": "write a folder for transformers, or a GGUF file for llama.cpp",
+    "serve": "an OpenAI-compatible server, with a page to talk to models",
     "verify": "show that a run's files are what it computed",
     "plan": "memory, speed and cost of a run on hardware that is not here",
     "data": "prepare a text, or tokenize a corpus that does not fit in memory",

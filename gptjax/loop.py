@@ -127,11 +127,12 @@ def evaluate(
     if run_dir is None and weights is None:
         raise UserError("nothing to evaluate: name a run with --out_dir, or weights with --init_from")
     saved = saved_config(run_dir, step=from_step) if run_dir else None
-    dataset = distributed.after_first("data", lambda: load_dataset(config.data))
+    dataset = distributed.after_first("data", lambda: load_dataset(config.data, config.model.block_size))
+    if weights:
+        weights.require_fit(dataset, Path("eval_only"), config.model)
     config, model, mesh = _fit_to_devices(fit_to_data(config, dataset, saved), dataset)
     steps = compile_steps(replace(config, model=model), mesh)
     if weights:
-        weights.require_fit(dataset, Path("eval_only"))
         params, name = weights.load(config.model, steps.state.params, config.train.seed), f"{config.init_from}"
     if run_dir:
         kept = Checkpoints(run_dir / "checkpoints" / ("best" if from_step is None else "latest"), read_only=True)

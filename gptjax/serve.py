@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax import host
-from gptjax.cli import parse_arguments
+from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, Which, parse_arguments, program
 from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
-from gptjax.inference.language_model import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, LanguageModel, Which
+from gptjax.inference.language_model import LanguageModel
 
 KEY_VARIABLE = "GPTJAX_API_KEY"
 MAX_SLOTS = 1024
@@ -61,7 +61,7 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
-    arguments = parse_arguments("python -m gptjax.serve", __doc__, argv, Arguments())
+    arguments = parse_arguments(program("serve"), __doc__, argv, Arguments())
     key = arguments.key
     try:
         from gptjax.serving.api import create_app
