@@ -13,12 +13,14 @@ FILES = {
 
 
 def imports_of(name):
+    """The modules that a module imports, with the packages around them that are not around itself."""
     found = set()
     for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gptjax"):
             full = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {each if each in FILES else node.module for each in full}
-    return found - {name}
+    around = {".".join(parts[:n]) for parts in (each.split(".") for each in found) for n in range(2, len(parts))}
+    return (found | {each for each in around if not name.startswith(f"{each}.")}) - {name}
 
 
 def level(name):

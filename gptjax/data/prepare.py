@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.chat import conversations
-from gptjax.chat.conversations import Conversations, open_conversations
 from gptjax.config import DataConfig
-from gptjax.data import remote, token_files
+from gptjax.data import conversations, remote, token_files
+from gptjax.data.conversations import Conversations, open_conversations
 from gptjax.data.corpora import Corpus, between, open_corpus, with_progress
 from gptjax.data.integrity import Content, contents, place_of
 from gptjax.data.packing import PackedTokens, entries_of

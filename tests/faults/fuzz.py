@@ -11,12 +11,13 @@ import atheris
 
 with atheris.instrument_imports(include=["gptjax"]):
     from gptjax import environment
+    from gptjax.chat.template import find_template, special_tokens
     from gptjax.config import Config
     from gptjax.data.at_scale.documents import Piece, documents
+    from gptjax.data.conversations import read_conversations
     from gptjax.data.token_files import open_split
     from gptjax.errors import UserError
     from gptjax.hub.weights import open_weights, stop_ids
-    from gptjax.inference.chat_template import find_template, special_tokens
     from gptjax.planning.topology import find_topology
     from gptjax.report import read_metrics
     from gptjax.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "environment": lambda path: environment.read(path.parent),
     "metrics": read_metrics,
     "documents": lines,
+    "conversations": lambda path: list(read_conversations(path)),
     "folder": lambda path: open_weights(path.parent),
     "gguf": open_weights,
     "side_files": side_files,

@@ -1,5 +1,6 @@
 """Every reader of a file takes any bytes: it reads them, or says in one line what is wrong."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -22,6 +23,9 @@ READERS = {  # which reader of fuzz.py is given which file
     "data.json": "tokens",
     "train.bin": "tokens",
     "text.jsonl": "documents",
+    "text.jsonl.gz": "documents",
+    "chat.jsonl": "conversations",
+    "chat.jsonl.gz": "conversations",
     "tokenizer.json": "tokenizer",
     "tokenizer_config.json": "side_files",
     "merges.txt": "vocabulary",
@@ -34,6 +38,10 @@ READERS = {  # which reader of fuzz.py is given which file
     "topology": "topology",
 }
 START = {"step": 0, "config": {}, "versions": {}, "code": {}, "variables": {}, "hardware": {"devices": 1}}
+CHAT = """{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good morrow"}]}
+{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Well met"}]}
+{"prompt": "Hi", "response": "Hail"}
+"""
 METRICS = "step,tokens,seconds,train_loss,val_loss\n0,0,0.1,,4.5\n10,640,1.5,3.25,\n"
 
 
@@ -59,6 +67,9 @@ def whole_files(scramble, tmp_path_factory):
     (folder / "environment.json").write_text(json.dumps({"starts": [START]}))
     (folder / "metrics.csv").write_text(METRICS)
     (folder / "text.jsonl").write_text('{"text": "To be"}\n{"text": "or not\\n", "id": 1}\n')
+    (folder / "chat.jsonl").write_text(CHAT)
+    for name in ("text.jsonl", "chat.jsonl"):
+        (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
     (folder / "run.json").write_text(Config().to_json())
     (folder / "topology").write_text("v5e:4x4x2")
     return folder

@@ -12,9 +12,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gptjax.chat import template as chat
 from gptjax.config import ModelConfig
 from gptjax.hub.export import export
-from gptjax.inference import chat_template as chat
 from gptjax.inference.language_model import LanguageModel
 from gptjax.serving.api import create_app
 from gptjax.serving.engine import Engine

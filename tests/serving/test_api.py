@@ -10,7 +10,7 @@ import numpy as np
 import openai
 import pytest
 
-from gptjax.inference import chat_template as chat
+from gptjax.chat import template as chat
 from gptjax.inference.sampling import Sampling
 from gptjax.serving.served import Limits
 

@@ -10,10 +10,10 @@ import tokenizers
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from gptjax.chat.conversations import ChatFormat, encode, read_conversations
 from gptjax.chat.template import DEFAULT_TEMPLATE, Rendered, render_examples
 from gptjax.config import DataConfig
 from gptjax.data import load_dataset
+from gptjax.data.conversations import ChatFormat, encode, read_conversations
 from gptjax.data.corpora import plays, speeches
 from gptjax.data.packing import CONTEXT, FIRST, ID
 from gptjax.errors import UserError
@@ -218,7 +218,7 @@ def test_the_plays_as_dialogues(tmp_path):
     found = speeches(path.read_text("utf-8"))
     pairs = [(a, b) for a, b in itertools.pairwise(found) if a.scene == b.scene and a.speaker != b.speaker]
     assert len({speech.scene for speech in found}) >= 28 and len(pairs) > 550
-    from gptjax.chat.conversations import open_conversations
+    from gptjax.data.conversations import open_conversations
 
     source = open_conversations(DataConfig(source="shakespeare-dialogues", format="chat"))
     ours = [messages for _, messages in source.read_file(path)]
