@@ -6,6 +6,7 @@ A line is an object with OpenAI's "messages", ShareGPT's "conversations", or a "
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +102,8 @@ def parse(value: Any, place: str) -> list[Message]:
         turns = _turns(value["messages"], "role", "content", place)
     elif "conversations" in value:
         turns = [
-            (_SHAREGPT.get(role, role), text) for role, text in _turns(value["conversations"], "from", "value", place)
+            (_SHAREGPT.get(str(role), role), text)
+            for role, text in _turns(value["conversations"], "from", "value", place)
         ]
     elif "prompt" in value and "response" in value:
         turns = [("user", value["prompt"]), ("assistant", value["response"])]
@@ -242,7 +244,7 @@ def _lines(path: Path) -> Iterator[str]:
         try:
             with gzip.open(path, "rt", encoding="utf-8-sig") as file:
                 yield from (line.rstrip("\n") for line in file)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not UTF-8 text compressed by gzip, or is damaged: {error}") from error
         return
     pending = ""

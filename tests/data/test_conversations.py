@@ -134,6 +134,7 @@ MISTAKES = {
     '{"messages": ["a"]}': ["line 2, message 1", 'no "role"'],
     '{"conversations": [{"from": "human", "value": 1}]}': ["line 2, message 1", "not a text"],
     '{"conversations": [{"from": "bot", "value": "a"}]}': ["line 2, message 1", "'bot'"],
+    '{"conversations": [{"from": ["gpt"], "value": "a"}]}': ["line 2, message 1", "['gpt']"],
     '{"prompt": "a"}': ["line 2", '"messages"', '"response"'],
     "[1]": ["line 2", "not a JSON object"],
     "{": ["line 2", "not JSON"],
