@@ -105,7 +105,7 @@ def _utilization(run: Figures) -> str:
     text += ": " + ", and ".join(causes) + "." if causes else "; the run's figures do not show why."
     if accelerated and run.peak_memory is not None and run.peak_memory < 0.5 * run.memory:
         text += f" At most {run.peak_memory / run.memory:.0%} of the devices' memory was in use: a larger batch fits."
-    return text + " python -m gptjax.plan prints the highest speed that the hardware allows."
+    return text + " gptjax plan prints the highest speed that the hardware allows."
 
 
 def _uneven_speed(run: Figures) -> str:

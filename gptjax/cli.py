@@ -41,7 +41,7 @@ model.n_layer model.n_head model.n_embd model.block_size model.dropout model.dty
 optimizer.learning_rate optimizer.min_learning_rate optimizer.warmup_steps optimizer.matrix_optimizer
 optimizer.muon_learning_rate optimizer.weight_decay
 train.max_steps train.batch_size train.accumulate train.eval_interval train.eval_batches train.save_interval
-train.patience train.seed
+train.patience train.seed train.wandb train.profile
 mesh.data mesh.fsdp mesh.tensor
 """.split()
 GROUPS = {"": "options", "train": "training"}  # of --help, by the prefix of their options; others have its name

@@ -480,7 +480,7 @@ def _report(run: Run, progress: Progress, mfu_per_token_rate: float, samples: di
         print(f"note: report.html was not written: {first_line(error)}")
     text = report.run_report(run.folder.name, facts, next_steps, samples.get(progress.best_step))
     write_atomically(run.folder / "report.md", text)
-    print(f"\n{text}\npage:   {run.folder / 'report.html'}\nsample: python sample.py --run {run.folder}")
+    print(f"\n{text}\npage:   {run.folder / 'report.html'}\nsample: gptjax sample --run {run.folder}")
 
 
 def _samples(run: Run, sample: Callable[[Path, int], str], metrics: Metrics) -> dict[int, str]:
