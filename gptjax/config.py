@@ -184,8 +184,10 @@ class ModelConfig(Section):
     remat: Literal["none", "dots", "full"] = chosen_free(
         "none", "recompute in the backward pass to save memory: nothing, all but matmuls, or whole layers"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = chosen(
-        "auto", "of activations; auto: bfloat16 on TPU, GPUs from 2020 on and, with jax 0.12, CPUs that have it"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = chosen(
+        "auto",
+        "of activations; auto: bfloat16 on TPU, GPUs from 2020 on and, with jax 0.12, CPUs that have it; float16, with "
+        "a loss scale, on NVIDIA's GPUs of 2017 to 2019; else float32",
     )
 
     def validate(self) -> None:

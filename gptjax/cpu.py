@@ -42,25 +42,25 @@ def split_gradient(gradient: Callable[..., Any], config: Config, mesh: Mesh) -> 
         n *= n_data
     by_device = by_device and n % n_data == 0
 
-    def of_splits(key: Any, params: Any, windows_ABW: Any, numbers: Any) -> Any:
+    def of_splits(key: Any, params: Any, scale: Any, windows_ABW: Any, numbers: Any) -> Any:
         (A, B, W), n = windows_ABW.shape, numbers.shape[1]
         windows = windows_ABW.reshape(A * n, B // n, W)
         if n > 1 and not mesh_in_use().empty:
             windows = jax.lax.with_sharding_constraint(windows, PartitionSpec(None, BATCH_AXES))
-        return gradient(config, key, params, windows, numbers.reshape(-1))
+        return gradient(config, key, params, windows, numbers.reshape(-1), scale)
 
     def of_device(*arguments: Any) -> Any:
         flat, unravel = ravel_pytree(of_splits(*arguments))
         return unravel(jax.lax.pmean(flat, "data"))
 
-    def whole(config: Config, key: Any, params: Any, windows_ABW: Any) -> Any:
+    def whole(config: Config, key: Any, params: Any, windows_ABW: Any, scale: Any = None) -> Any:
         numbers = jnp.arange(len(windows_ABW) * n).reshape(-1, n)
         if not by_device:
-            return of_splits(key, params, windows_ABW, numbers)
+            return of_splits(key, params, scale, windows_ABW, numbers)
         split = PartitionSpec(None, "data")
-        specs = (PartitionSpec(), PartitionSpec(), split, split)
+        specs = (PartitionSpec(), PartitionSpec(), PartitionSpec(), split, split)
         mapped = jax.shard_map(of_device, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-        return mapped(key, params, windows_ABW, numbers)
+        return mapped(key, params, scale, windows_ABW, numbers)
 
     return whole
 

@@ -17,6 +17,7 @@ from gptjax import distributed
 from gptjax.config import Config
 from gptjax.errors import UserError, first_line
 from gptjax.files import write_atomically
+from gptjax.loss_scale import is_overflow
 from gptjax.trackers import TensorBoard, WeightsAndBiases
 
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second")
@@ -96,7 +97,8 @@ class Metrics:
         """Wait for the step that was added last, and write its row if it is due or if no step follows.
 
         A step whose loss or gradient is not finite changed nothing (`training.train_step`); it is counted in `skipped`.
-        Raises `UserError` after more than train.max_skipped of them in a row.
+        Raises `UserError` after more than train.max_skipped of them in a row. Neither counts a gradient of float16 that
+        overflowed under a loss scale, which is lower in the next step.
         """
         if self._pending is None:
             if last and self._losses:
@@ -104,12 +106,18 @@ class Metrics:
             return
         (self.step, metrics), self._pending = self._pending, None
         self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        loss, train = self._last["train_loss"], self.config.train
-        if math.isfinite(loss) and math.isfinite(self._last["grad_norm"]):
+        loss, train, scale = self._last["train_loss"], self.config.train, self._last.get("loss_scale", 1.0)
+        finite = math.isfinite(loss), math.isfinite(self._last["grad_norm"])
+        if all(finite):
             self._skipped_in_a_row = 0
             self._losses.append(loss)
             if self._spikes.jumps(loss):
                 self.print(f"note: the training loss jumped to {loss:.4f} at {self._place(self.step)}")
+        elif is_overflow(*finite, scale):
+            place = self._place(self.step)
+            self.print(
+                f"note: float16 overflowed at {place}: its update is skipped, and the loss scale of {scale:,.0f} halved"
+            )
         else:
             self._skip()
         if last or (self.step % train.log_interval == 0 and not train.evaluates(self.step)):
@@ -124,10 +132,11 @@ class Metrics:
             return
         names = ["learning_rate", *["muon_learning_rate"] * (self.config.optimizer.matrix_optimizer == "muon")]
         rates = " and ".join(f"--optimizer.{name} (now {getattr(self.config.optimizer, name)})" for name in names)
+        narrow = ", or start again with --model.dtype float32" if self.config.model.dtype == "float16" else ""
         raise UserError(
             f"the run diverged: {problem} at {place}, after {self._skipped_in_a_row - 1} skipped updates in a row; "
             f"its checkpoints are kept: continue from an earlier one with --resume STEP and a lower {rates}, a lower "
-            f"--optimizer.grad_clip (now {self.config.optimizer.grad_clip}) or another --data.seed"
+            f"--optimizer.grad_clip (now {self.config.optimizer.grad_clip}) or another --data.seed{narrow}"
         )
 
     def row(self, val_loss: float | None = None) -> None:

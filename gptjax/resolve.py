@@ -17,10 +17,12 @@ def resolve(model: ModelConfig, device: Any, *, training: bool = True, packed: b
     `packed`: windows hold several conversations, which attention has to keep apart.
 
     Sampling and scoring (`training=False`) run on the KV cache or on one short text, so attention is plain and layers
-    are looped there; on a CPU activations are float32, since a single row is slower in bfloat16.
+    are looped there; on a CPU activations are float32, since a single row is slower in bfloat16. In float16 only runs
+    sample that trained in it: activations of models that did not can be larger than it holds.
     """
     if not training:
-        dtype = "float32" if device.platform == "cpu" else _dtype(device) if model.dtype == "auto" else model.dtype
+        auto: Any = "bfloat16" if _dtype(device) == "bfloat16" else "float32"
+        dtype = "float32" if device.platform == "cpu" else auto if model.dtype == "auto" else model.dtype
         return replace(model, dtype=dtype, attention="plain", layers="looped")
     if model.dtype == "auto":
         model = replace(model, dtype=_dtype(device))
@@ -31,23 +33,25 @@ def resolve(model: ModelConfig, device: Any, *, training: bool = True, packed: b
 
 
 def _dtype(device: Any) -> Any:
-    """bfloat16 where matmuls in it are faster than in float32, else float32."""
+    """bfloat16 where its matmuls are faster than float32's, else float16 where its are (V100, T4), else float32."""
     nvidia = _compute_capability(device)
     faster = {"cpu": multiplies_bfloat16(), "gpu": nvidia is None or nvidia >= (8, 0), "tpu": True}
-    return "bfloat16" if faster.get(device.platform) else "float32"
+    if faster.get(device.platform):
+        return "bfloat16"
+    return "float16" if device.platform == "gpu" and nvidia is not None and nvidia >= (7, 0) else "float32"
 
 
 def _attention(model: ModelConfig, device: Any, packed: bool) -> Any:
     """The hardware's kernel if it supports this model, else blockwise for long contexts, else plain.
 
-    Only plain attention has dropout. Splash attention takes blocks of 128 tokens. cuDNN's kernel takes bfloat16, no
-    segments, and head widths that are multiples of 8, up to 128 or, from compute capability 9.0 on, up to 256.
+    Only plain attention has dropout. Splash attention takes blocks of 128 tokens. cuDNN's kernel takes bfloat16 and
+    float16, no segments, and head widths that are multiples of 8, up to 128 or, from compute capability 9.0 on, 256.
     """
     if model.attention_rate:
         return "plain"
     if device.platform == "tpu" and model.block_size % 128 == 0:
         return "splash"
-    nvidia, narrow = _compute_capability(device) or (0, 0), model.dtype == "bfloat16"
+    nvidia, narrow = _compute_capability(device) or (0, 0), model.dtype != "float32"
     narrow &= model.separator is None and not packed
     widest = 256 if nvidia >= (9, 0) else 128 if nvidia >= (8, 0) else 0
     if device.platform == "gpu" and narrow and model.head_width % 8 == 0 and model.head_width <= widest:

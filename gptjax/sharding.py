@@ -33,7 +33,7 @@ TABLE = {
     r"(attention/out|mlp/down)/bias$": P(),
     r"norm/(scale|bias)$": P(),
     r"lora_[ab]$": P(),
-    r"(step|count|ns_coeffs)$": P(),  # counters, and Muon's five constants
+    r"(step|count|good_steps|loss_scale|ns_coeffs)$": P(),  # counters, float16's scale and Muon's five constants
 }
 
 

@@ -19,13 +19,17 @@ from gptjax import cpu
 from gptjax.config import Config
 from gptjax.data.packing import CONTEXT, FIRST, ID
 from gptjax.loss import cross_entropy_sum, pieces_of
+from gptjax.loss_scale import LossScale
 from gptjax.model import GPT
 from gptjax.optimizer import freeze, make_optimizer, make_schedule
 from gptjax.sharding import batch_sharding, require_divisible, split_update, with_shardings
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes, as arrays: with config and data it determines all that follows."""
+    """Everything that a step changes, as arrays: with config and data it determines all that follows.
+
+    With dtype float16 `opt_state` is the optimizer's state and a `LossScale`.
+    """
 
     step: jax.Array
     params: Any
@@ -71,7 +75,9 @@ def init_state(config: Config) -> TrainState:
 
 def start_state(config: Config, params: Any) -> TrainState:
     """The state before the first step of a run that starts from these parameters."""
-    return TrainState(jnp.zeros((), jnp.int32), params, _optimizer(config).init(params))
+    opt_state = _optimizer(config).init(params)
+    opt_state = (opt_state, LossScale.first()) if config.model.dtype == "float16" else opt_state
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
 def state_bytes(config: Config) -> int:
@@ -90,11 +96,13 @@ def gradient(
     params: Any,
     windows_ABW: Int[Array, "A B W"],
     number_A: Int[Array, " A"] | None = None,
+    scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Any]:
     """The mean loss of A x B windows in nats a token and its gradient, accumulated over A micro-steps.
 
     In packed windows it is the mean over all tokens, where those that are not predicted have no loss. Dropout in a
-    micro-step is keyed by `key` and its number, by default 0 to A - 1.
+    micro-step is keyed by `key` and its number, by default 0 to A - 1. With a `scale` the gradient is that of the
+    scaled loss, divided by the scale.
     """
     model, (A, B, W), packed = GPT(config.model), windows_ABW.shape, config.data.format == "chat"
 
@@ -102,17 +110,21 @@ def gradient(
         rngs = {"dropout": jax.random.fold_in(key, number)} if config.model.drops else None
         if config.model.lora_rank:
             params = freeze(params)
-        return loss_sum(model, params, windows_BW, rngs, packed)[0] / (A * B * (W - 1))
+        loss = loss_sum(model, params, windows_BW, rngs, packed)[0] / (A * B * (W - 1))
+        return loss if scale is None else loss * scale
+
+    def unscaled(total: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return total if scale is None else jax.tree.map(lambda x: x / scale, total)
 
     number_A = jnp.arange(A) if number_A is None else number_A
     if A == 1:
-        return jax.value_and_grad(micro_loss)(params, windows_ABW[0], number_A[0])
+        return unscaled(jax.value_and_grad(micro_loss)(params, windows_ABW[0], number_A[0]))
 
     def accumulate(total: Any, micro: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(params, *micro)), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(accumulate, zero, (windows_ABW, number_A))[0]
+    return unscaled(jax.lax.scan(accumulate, zero, (windows_ABW, number_A))[0])
 
 
 def select(pred: jax.Array, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any) -> Any:
@@ -130,7 +142,8 @@ def train_step(
     """One optimizer step on the mean loss of all A x B windows: the next state, and metrics.
 
     Dropout is keyed by train.seed and the step, so the result is a function of state and batch alone. Where the loss or
-    the gradient is not finite, parameters and optimizer state stay as they are: `cond` is `select` or `jax.lax.cond`.
+    the gradient is not finite, parameters and optimizer state stay as they are, but for the loss scale: `cond` is
+    `select` or `jax.lax.cond`.
     """
 
     def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
@@ -139,20 +152,24 @@ def train_step(
             return split_update(optax.apply_updates(params, updates)), opt_state
 
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-    loss, grads = gradient(config, key, state.params, windows_ABW)
+    optimizer_state, scaling = state.opt_state if config.model.dtype == "float16" else (state.opt_state, None)
+    loss, grads = gradient(config, key, state.params, windows_ABW, scale=scaling.loss_scale if scaling else None)
     if config.data.format == "chat":  # the mean over the tokens that are predicted
         targets_ABT = is_target(windows_ABW)[:, :, 1:]
-        scale = targets_ABT.size / jnp.maximum(jnp.sum(targets_ABT), 1)
-        loss, grads = jax.tree.map(lambda x: x * scale, (loss, grads))
+        n_targets = jnp.maximum(jnp.sum(targets_ABT), 1)
+        loss, grads = jax.tree.map(lambda x: x * (targets_ABT.size / n_targets), (loss, grads))
     params, grads = split_update((state.params, grads))
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    params, opt_state = cond(finite, update, lambda *old: old, params, state.opt_state)
+    loss_finite, gradient_finite = jnp.isfinite(loss), jnp.isfinite(grad_norm)
+    params, opt_state = cond(loss_finite & gradient_finite, update, lambda *old: old, params, optimizer_state)
     metrics = {
         "train_loss": loss,
         "grad_norm": grad_norm,
         "learning_rate": make_schedule(config.optimizer, config.train.max_steps)(state.step),
     }
+    if scaling:
+        metrics["loss_scale"] = scaling.loss_scale
+        opt_state = opt_state, scaling.after(loss_finite, gradient_finite)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

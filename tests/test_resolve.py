@@ -47,8 +47,10 @@ APPLE, UNKNOWN = SimpleNamespace(platform="METAL", device_kind="Metal"), SimpleN
         (WIDE, A100, "blockwise", "unrolled", "bfloat16"),
         (LONG, A100, "cudnn", "unrolled", "bfloat16"),
         (replace(WIDE, n_head=4), RTX_4090, "cudnn", "unrolled", "bfloat16"),  # 128 features a head
-        (LONG, T4, "blockwise", "unrolled", "float32"),
-        (SHORT, V100, "plain", "unrolled", "float32"),
+        (LONG, T4, "blockwise", "unrolled", "float16"),
+        (SHORT, V100, "plain", "unrolled", "float16"),
+        (replace(LONG, dtype="float16"), A100, "cudnn", "unrolled", "float16"),
+        (replace(LONG, window=100), H100, "cudnn", "unrolled", "bfloat16"),
         (replace(LONG, dtype="bfloat16"), T4, "blockwise", "unrolled", "bfloat16"),
         (LONG, P100, "blockwise", "unrolled", "float32"),
         (LONG, MI300, "blockwise", "unrolled", "bfloat16"),
@@ -74,3 +76,7 @@ def test_sampling():
     assert (found.attention, found.layers, found.dtype) == ("plain", "looped", "float32")
     assert resolve(replace(SHORT, dtype="float32"), TPU, training=False).dtype == "float32"
     assert [resolve(SHORT, device, training=False).dtype for device in (H100, T4)] == ["bfloat16", "float32"]
+    trained = replace(SHORT, dtype="float16")
+    assert [resolve(trained, device, training=False).dtype for device in (H100, T4, CPU)] == ["float16"] * 2 + [
+        "float32"
+    ]
