@@ -5,15 +5,18 @@ A conversation is a list of {"role": ..., "content": ...}.
 
 import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
@@ -91,11 +94,53 @@ def render(
     The template runs in a child process, in jinja2's sandbox, with limited time and memory and no access to files.
     On Windows, which has no `resource` module, only time is limited. Raises `UserError` if the template fails.
     """
-    values = _NOTHING_ELSE | special_tokens | {"messages": list(messages), "add_generation_prompt": True}
-    answer = _ask({"template": template, "values": values, "timeout": timeout}, _INSTEAD)
-    if "error" in answer:
-        raise _failure(answer["error"], _INSTEAD)
-    return answer["text"]
+    request = _prompt_request(template, messages, special_tokens, timeout)
+    return _text_in(_ask(request, _INSTEAD))
+
+
+class Renderer:
+    """Renders conversations as `render` does, for programs that render many: a child that has started forks for each.
+
+    Each conversation still has a confined process of its own. Its methods may be called from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._child = threading.Lock(), cast("subprocess.Popen[bytes] | None", None)
+
+    def render(
+        self, template: str, messages: Sequence[dict[str, str]], special_tokens: dict[str, str], timeout: float = 10.0
+    ) -> str:
+        """`render`. Where a system has no fork, such as Windows, it is called."""
+        if not hasattr(os, "fork"):
+            return render(template, messages, special_tokens, timeout)
+        request = json.dumps(_prompt_request(template, messages, special_tokens, timeout)).encode()
+        with self._lock:
+            if self._child is None or self._child.poll() is not None:
+                self._stop()
+                self._child = subprocess.Popen(
+                    _command("_serve_many"),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            reply = _ask_line(self._child, request + b"\n", timeout)
+            if not reply.endswith(b"\n"):
+                self._stop()
+                raise _failure(f"took longer than {timeout:g} s", _INSTEAD)
+        return _text_in(json.loads(reply))
+
+    def close(self) -> None:
+        """End the child."""
+        with self._lock:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            if self._child.poll() is None:
+                os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.communicate()
+            self._child = None
 
 
 def render_examples(
@@ -129,19 +174,50 @@ _INSTEAD = "; prompt the model without it: sample.py with --prompt, not --chat"
 _CORRECT = "; correct the template or the messages"
 
 
-def _ask(request: dict[str, Any], fix: str) -> dict[str, Any]:
-    """The child's answer to a request. Raises `UserError` if it gives none in time."""
-    timeout = request["timeout"]
+def _prompt_request(
+    template: str, messages: Sequence[dict[str, str]], special_tokens: dict[str, str], timeout: float
+) -> dict[str, Any]:
+    values = _NOTHING_ELSE | special_tokens | {"messages": list(messages), "add_generation_prompt": True}
+    return {"template": template, "values": values, "timeout": timeout}
+
+
+def _text_in(answer: dict[str, Any]) -> str:
+    if "error" in answer:
+        raise _failure(answer["error"], _INSTEAD)
+    return answer["text"]
+
+
+def _command(function: str) -> list[str]:
     paths = [path for path in sys.path if path] + [str(Path(__file__).parents[2])]
-    command = [sys.executable, "-I", "-c", _CHILD, *paths]
+    return [sys.executable, "-I", "-c", _CHILD.replace("_serve", function), *paths]
+
+
+def _ask(request: dict[str, Any], fix: str) -> dict[str, Any]:
+    """The answer of a child of its own to a request. Raises `UserError` if it gives none in time."""
+    data, timeout = json.dumps(request).encode(), request["timeout"]
     try:
-        child = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, timeout=timeout)
+        child = subprocess.run(_command("_serve"), input=data, capture_output=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         raise _failure(f"took longer than {timeout:g} s", fix) from error
     if child.returncode:
         last_line = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise _failure(f"stopped with exit code {child.returncode}: {last_line}", fix)
     return json.loads(child.stdout)
+
+
+def _ask_line(child: "subprocess.Popen[bytes]", request: bytes, timeout: float) -> bytes:
+    """The line that the child answers a line with, without an end if it does not answer in time."""
+    assert child.stdin is not None and child.stdout is not None
+    clock = threading.Timer(timeout, os.killpg, (child.pid, signal.SIGKILL))
+    clock.start()
+    try:
+        child.stdin.write(request)
+        child.stdin.flush()
+        return child.stdout.readline()
+    except BrokenPipeError:
+        return b""
+    finally:
+        clock.cancel()
 
 
 def _failure(reason: str, fix: str) -> UserError:
@@ -157,16 +233,38 @@ def _serve() -> None:
     request = json.load(sys.stdin)
     with contextlib.suppress(TemplateError):
         _text(_WARM_UP, {})
+    sys.stdout.write(_answer(request))
+
+
+def _serve_many() -> None:
+    """Answer each line on stdin with a line on stdout, from a process that is forked for it."""
+    with contextlib.suppress(TemplateError):
+        _text(_WARM_UP, {})
+    for line in sys.stdin:
+        read_end, write_end = os.pipe()
+        if (child := os.fork()) == 0:
+            with open(write_end, "w", encoding="ascii") as pipe:
+                pipe.write(_answer(json.loads(line)))
+            os._exit(0)
+        os.close(write_end)
+        with open(read_end, encoding="ascii") as pipe:
+            answer = pipe.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps({"error": f"stopped with exit code {code}"}) if code else answer, flush=True)
+
+
+def _answer(request: dict[str, Any]) -> str:
+    """The answer to a request, in JSON. From here on this process can do no more than a template needs."""
     _confine(request["timeout"])
     template, values = request["template"], request["values"]
     if "examples" not in request:
-        answer = _answer(lambda: {"text": _text(template, values)})
+        answer = _result(lambda: {"text": _text(template, values)})
     else:
-        answer = _answer(lambda: {"examples": _examples(template, values, request["examples"], request["ends"])})
-    sys.stdout.write(json.dumps(answer))
+        answer = _result(lambda: {"examples": _examples(template, values, request["examples"], request["ends"])})
+    return json.dumps(answer)
 
 
-def _answer(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _result(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` returns, or the reason why it fails."""
     try:
         return make()
@@ -188,7 +286,7 @@ def _examples(template: str, values: Mapping[str, Any], conversations: Any, ends
         whole = text(messages, False)
         return _marked(whole) if marked else {"text": whole, "spans": _answers(text, messages, whole, tuple(ends))}
 
-    return [_answer(partial(example, messages)) for messages in conversations]
+    return [_result(partial(example, messages)) for messages in conversations]
 
 
 def _marked(text: str) -> dict[str, Any]:

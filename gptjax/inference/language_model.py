@@ -115,16 +115,17 @@ class LanguageModel:
             "activations": config.dtype,
         }
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> TokenIds:
+    def chat_prompt(self, messages: Sequence[dict[str, str]], renderer: chat.Renderer | None = None) -> TokenIds:
         """The ids of a conversation of {"role": ..., "content": ...}, up to where the assistant's answer begins.
 
-        Contents are text: a special token that one spells stays text. Raises `UserError` if the model has no chat
-        template, or if the template fails.
+        Contents are text: a special token that one spells stays text. A renderer is for programs that ask often.
+        Raises `UserError` if the model has no chat template, or if the template fails.
         """
         if self.template is None:
             raise UserError(f"{self.name} is not a chat model: it has no chat template; pass --prompt, not --chat")
         template, special_tokens = self.template, self.special_tokens
-        ids = encode_chat(self.tokenizer, template, lambda m: chat.render(template, m, special_tokens), messages)
+        render = renderer.render if renderer else chat.render
+        ids = encode_chat(self.tokenizer, template, lambda m: render(template, m, special_tokens), messages)
         if not len(ids):
             raise UserError(f"the chat template of {self.name} makes an empty text; pass --prompt instead of --chat")
         return ids

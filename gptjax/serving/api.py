@@ -221,7 +221,11 @@ class Answers:
     async def __anext__(self) -> tuple[int, Piece]:
         if not self._left:
             raise StopAsyncIteration
-        i, piece = await self._queue.get()
+        try:
+            async with asyncio.timeout(self._seconds + SENDING_SECONDS):  # for an engine that has stopped
+                i, piece = await self._queue.get()
+        except TimeoutError as error:
+            raise ApiError(504, "the engine does not answer", code="timeout") from error
         if piece is None:
             raise Disconnected
         if piece.end == "timeout":

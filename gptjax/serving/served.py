@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gptjax.chat.template import Renderer
 from gptjax.errors import UserError
 from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import TokenIds
@@ -15,6 +16,9 @@ from gptjax.serving.engine import Engine, Request
 from gptjax.serving.protocol import ApiError, Call
 
 COMPLETION_TOKENS = 16  # where max_tokens is not given: OpenAI's default for completions
+
+
+MOST_PROBABILITIES = 1 << 20  # in the answers of one request, which the server holds until they are read
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Served:
     started: int = field(default_factory=lambda: int(time.time()))
     card: dict[str, str] = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # the tokenizer has one mode for all threads
+    _renderer: Renderer = field(default_factory=Renderer)
 
     def __post_init__(self) -> None:
         self.card = self.model.card()
@@ -50,10 +55,11 @@ class Served:
                     if self.model.template is None:
                         fix = "use /v1/completions, or a model that was trained on chats"
                         raise ApiError(400, f"{self.name} has no chat template, so it cannot chat: {fix}", "messages")
-                    return [self.model.chat_prompt(call.messages)]
+                    return [self.model.chat_prompt(call.messages, self._renderer)]
                 return [self._ids(prompt) for prompt in call.prompts]
         except UserError as error:
-            raise ApiError(400, str(error), "messages" if call.chat else "prompt") from error
+            reason = str(error).partition("; prompt the model")[0]  # without the advice for sample.py
+            raise ApiError(400, reason, "messages" if call.chat else "prompt") from error
 
     def _ids(self, prompt: str | list[int]) -> TokenIds:
         if isinstance(prompt, str):
@@ -61,6 +67,10 @@ class Served:
         if (most := max(prompt)) >= self.model.config.vocab_size:
             raise ApiError(400, f"{self.name} has no token {most}: its ids end at {self.model.config.vocab_size - 1}")
         return np.array(prompt, np.int32)
+
+    def close(self) -> None:
+        """End what runs beside the engine."""
+        self._renderer.close()
 
     def requests(self, call: Call, prompts: Sequence[TokenIds], limits: Limits, deadline: float) -> list[Request]:
         """The engine's requests: n for each prompt, with consecutive seeds, as `sample.py --num_samples` has them.
@@ -78,19 +88,23 @@ class Served:
             raise ApiError(
                 400, f"max_tokens={call.max_tokens} is above this server's limit of {limits.new_tokens}", "max_tokens"
             )
+        usual = [max(1, block_size - len(ids)) if call.chat else COMPLETION_TOKENS for ids in prompts]
+        most_new = [call.max_tokens or min(n, limits.new_tokens) for n in usual]
+        if call.n * sum(most_new) * (1 + call.alternatives) > MOST_PROBABILITIES:
+            message = f"n, max_tokens and logprobs ask for more than {MOST_PROBABILITIES:,} probabilities"
+            raise ApiError(400, message, "max_tokens")
         seed = secrets.randbelow(2**32) if call.seed is None else call.seed
         sampling = self.model.sampling(**call.rules)
-        usual = [max(1, block_size - len(ids)) if call.chat else COMPLETION_TOKENS for ids in prompts]
         return [
             Request(
                 prompt=ids,
-                max_new_tokens=call.max_tokens or min(n_usual, limits.new_tokens),
+                max_new_tokens=n_new,
                 sampling=sampling,
                 seed=(seed + i) % 2**32,
                 stop=call.stop,
                 alternatives=call.alternatives,
                 deadline=deadline,
             )
-            for ids, n_usual in zip(prompts, usual, strict=True)
+            for ids, n_new in zip(prompts, most_new, strict=True)
             for i in range(call.n)
         ]

@@ -107,3 +107,4 @@ class Server(uvicorn.Server):
         for served in self._models:
             served.engine.close(time.monotonic())
             served.engine.join(10.0)
+            served.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from gptjax.chat.template import find_template, render, special_tokens
+from gptjax.chat.template import Renderer, find_template, render, special_tokens
 from gptjax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -232,6 +232,39 @@ def test_no_module_of_the_users_folder_runs(tmp_path, monkeypatch):
 def test_a_child_that_dies_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     assert "stopped with exit code 1" in failure("")
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    pytest.importorskip("resource")
+    renderer = Renderer()
+    yield renderer
+    renderer.close()
+
+
+def test_a_renderer_renders_as_render_does(renderer):
+    messages = [{"role": "user", "content": "Hi\n\u00e9\ud800"}]
+    for template in ("{{ bos_token }}{{ messages[0].content }}", "{{ messages | tojson }}\n"):
+        assert renderer.render(template, messages, VARIABLES) == render(template, messages, VARIABLES)
+
+
+def test_what_a_template_does_to_a_renderer_ends_with_it(renderer, tmp_path, monkeypatch):
+    """It is stopped, or has an error, and the next one is rendered; a child that dies is replaced."""
+    monkeypatch.chdir(tmp_path)
+    for template, words in (
+        (ENDLESS, "took longer than 1 s"),
+        (GROWING, "needs more than 1 GiB"),
+        (ESCAPES[1], "is not allowed in line 1"),
+        ("{{ raise_exception('no') }}", "rejects these messages: no"),
+        ("{% if %}", "has a mistake in line 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            renderer.render(template, [], VARIABLES, timeout=1.0 if template == ENDLESS else 60.0)
+        assert renderer.render("{{ bos_token }}", [], VARIABLES, timeout=60.0) == "<s>"
+    renderer._child.kill()
+    renderer._child.wait()
+    assert renderer.render("{{ bos_token }}", [], VARIABLES, timeout=60.0) == "<s>"
+    assert not os.listdir(tmp_path)
 
 
 def test_the_templates_file_wins_over_the_config(tmp_path):

@@ -12,7 +12,7 @@ import scipy.stats
 from gptjax.config import ModelConfig
 from gptjax.inference.decoder import init_cache
 from gptjax.inference.generate import CHUNK, PrefixCache, decode, generate, prefill, read
-from gptjax.inference.sampling import Sampling, largest_by_digits, sample_token
+from gptjax.inference.sampling import Sampling, apply_rules, largest_by_digits, sample_token
 from gptjax.model import GPT
 
 TINY = ModelConfig(vocab_size=61, block_size=40, n_layer=2, n_head=2, n_embd=16, bias=True, dtype="float32")
@@ -185,6 +185,30 @@ def test_a_search_by_digits_keeps_the_fewest_largest_that_weigh_enough(n_bits):
         order = np.argsort(-logits_V)
         fewest = 1 + int(np.argmax(np.cumsum(weights_V[order]) >= 0.7))
         assert set(np.flatnonzero(kept_V)) == set(order[:fewest])
+
+
+ROWS = [
+    Sampling(),
+    Sampling(temperature=0.0),
+    Sampling(top_k=3, temperature=0.7),
+    Sampling(top_k=50, top_p=0.6),
+    Sampling(min_p=0.2, repetition_penalty=1.5),
+    Sampling(temperature=2.0, top_k=7, top_p=0.8, min_p=0.1, repetition_penalty=0.8),
+    Sampling(top_p=0.0),
+]
+
+
+def test_rules_as_arrays_are_those_of_each_row_alone():
+    """Also where a rule is on for some rows only, or for none."""
+    rng = np.random.default_rng(0)
+    logits_BV = jnp.asarray(rng.normal(0, 2, (len(ROWS), 50)), jnp.float32)
+    seen_BV = jnp.asarray(rng.random((len(ROWS), 50)) < 0.3)
+    for rows in (ROWS, [Sampling()] * len(ROWS)):
+        together = jax.jit(apply_rules)(logits_BV, seen_BV, Sampling.of_rows(rows))
+        for i, row in enumerate(rows):
+            alone = apply_rules(logits_BV[i : i + 1], seen_BV[i : i + 1], row)[0]
+            np.testing.assert_array_equal(together[i] == -jnp.inf, alone == -jnp.inf)
+            np.testing.assert_allclose(together[i], alone, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.5, 2), (3.0, 5)])

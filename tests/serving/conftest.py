@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import threading
 import time
 
@@ -76,6 +77,7 @@ class Running:
         self.app = create_app(self.served, limits or Limits(), token, local)
         self.server = Server(self.app, self.served, grace)
         listening = listen("127.0.0.1", 0)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # so that unread answers are noticed
         self.port = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         warm_up(self.served)

@@ -10,7 +10,7 @@ import numpy as np
 import openai
 import pytest
 
-from gptjax.chat import template as chat
+from gptjax.chat.template import Renderer
 from gptjax.inference.sampling import Sampling
 from gptjax.serving.served import Limits
 
@@ -19,7 +19,8 @@ MESSAGES = [{"role": "system", "content": "be that"}, {"role": "user", "content"
 
 @pytest.fixture(scope="module")
 def client(running):
-    return running.client()
+    with running.client() as client:
+        yield client
 
 
 def expected(model, ids, n, sampling, seed=0, stop=()):
@@ -168,6 +169,7 @@ CHAT = {"model": "instruct", "messages": MESSAGES, "max_tokens": 2}
         ("completions", COMPLETION | {"prompt": ["a"] * 33, "n": 2}, 400, "more than 64 answers", "n"),
         ("completions", COMPLETION | {"max_tokens": 0}, 400, "max_tokens is not in", "max_tokens"),
         ("completions", COMPLETION | {"max_tokens": 5000}, 400, "above this server's limit of 4096", "max_tokens"),
+        ("completions", COMPLETION | {"max_tokens": 4096, "n": 20, "logprobs": 20}, 400, "more than 1,048,576", None),
         ("completions", COMPLETION | {"temperature": -1}, 400, "temperature is not in [0, 100]", "temperature"),
         ("completions", COMPLETION | {"temperature": "hot"}, 400, "temperature is not a number", "temperature"),
         ("completions", COMPLETION | {"temperature": True}, 400, "temperature is not a number", "temperature"),
@@ -237,18 +239,21 @@ def test_a_key_is_needed_where_there_is_one(start):
     for key in ("wrong", "secret2", "sécret".encode().decode("latin-1")):
         response = httpx.get(f"{server.url}/v1/models", headers={b"Authorization": b"Bearer " + key.encode("latin-1")})
         assert response.status_code == 401 and response.headers["content-type"] == "application/json"
-    with pytest.raises(openai.AuthenticationError, match="Authorization: Bearer KEY"):
-        server.client("other").completions.create(**COMPLETION)
-    assert server.client("secret").completions.create(**COMPLETION).choices
-    assert [model.id for model in server.client("secret").models.list()] == ["base"]
+    with (
+        server.client("other") as client,
+        pytest.raises(openai.AuthenticationError, match="Authorization: Bearer KEY"),
+    ):
+        client.completions.create(**COMPLETION)
+    with server.client("secret") as client:
+        assert client.completions.create(**COMPLETION).choices
+        assert [model.id for model in client.models.list()] == ["base"]
     for path, status in (("/", 200), ("/healthz", 200), ("/metrics", 401), ("/page.json", 401), ("/v1/models", 401)):
         assert httpx.get(server.url + path).status_code == status
 
 
 def test_a_full_queue_is_429_with_a_time_to_wait(start):
     server = start(slots=1, queue=1)
-    client = server.client()
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with server.client() as client, concurrent.futures.ThreadPoolExecutor(2) as pool:
         streams = [
             pool.submit(client.completions.create, model="base", prompt="abc", max_tokens=4000, stream=True)
             for _ in range(2)
@@ -268,20 +273,19 @@ def test_a_full_queue_is_429_with_a_time_to_wait(start):
 
 def test_a_request_that_takes_too_long_is_504_or_an_error_in_its_stream(start):
     server = start(limits=Limits(seconds=0.6))
-    client = server.client()
-    with pytest.raises(openai.InternalServerError, match="longer than 0.6 s") as raised:
-        client.completions.create(model="base", prompt="abc", max_tokens=4096, n=4)
-    assert raised.value.status_code == 504 and raised.value.body["type"] == "timeout_error"
-    with pytest.raises(openai.APIError, match="longer than 0.6 s"):
-        list(client.completions.create(model="base", prompt="abc", max_tokens=4096, n=4, stream=True))
+    with server.client() as client:
+        with pytest.raises(openai.InternalServerError, match="longer than 0.6 s") as raised:
+            client.completions.create(model="base", prompt="abc", max_tokens=4096, n=4)
+        assert raised.value.status_code == 504 and raised.value.body["type"] == "timeout_error"
+        with pytest.raises(openai.APIError, match="longer than 0.6 s"):
+            list(client.completions.create(model="base", prompt="abc", max_tokens=4096, n=4, stream=True))
     server.wait_until_idle()
 
 
 def test_a_template_that_refuses_a_conversation_is_a_400(client, monkeypatch):
-    monkeypatch.undo()  # templates in their own process again
-    render = chat.render
+    render = Renderer.render
     refusing = "{{ raise_exception('roles must alternate') }}"
-    monkeypatch.setattr(chat, "render", lambda _, *arguments: render(refusing, *arguments))
+    monkeypatch.setattr(Renderer, "render", lambda self, _, *arguments: render(self, refusing, *arguments))
     with pytest.raises(openai.BadRequestError, match="rejects these messages: roles must alternate"):
         client.chat.completions.create(**CHAT)
 

@@ -89,15 +89,15 @@ def test_half_open_connections_are_closed(start, monkeypatch):
     monkeypatch.setattr(server, "HEADER_SECONDS", 0.5)
     monkeypatch.setattr(api, "BODY_SECONDS", 0.5)
     running = start()
-    connections = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(2)]
-    connections[1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0")
-    body = raw(running.port, LONG, length=5000)
-    assert is_served(running)
-    for connection in connections:
-        connection.settimeout(20)
-        assert connection.recv(100) == b""
-    body.settimeout(20)
-    assert body.recv(100).startswith(b"HTTP/1.1 408")
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+        begun = stack.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+        begun.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0")
+        body = stack.enter_context(raw(running.port, LONG, length=5000))
+        assert is_served(running)
+        for connection, answer in ((silent, b""), (begun, b""), (body, b"HTTP/1.1 408")):
+            connection.settimeout(20)
+            assert connection.recv(12) == answer
     assert not running.busy
 
 
@@ -112,7 +112,7 @@ def test_a_client_that_does_not_read_holds_no_slot_and_is_dropped(start, monkeyp
     for connection in connections:
         connection.settimeout(20)
         received = b""
-        with contextlib.suppress(ConnectionResetError):
+        with connection, contextlib.suppress(ConnectionResetError):
             while part := connection.recv(1 << 16):
                 received += part
         assert received.startswith(b"HTTP/1.1 200") and not received.endswith(b"0\r\n\r\n")
@@ -144,7 +144,6 @@ def test_what_is_not_http_is_refused(running):
 
 def load(running, n, seed):
     """`n` requests from 8 clients: short and long, streamed and whole, a fifth of them left in the middle."""
-    client = running.client()
 
     def one(i):
         rng = random.Random(seed + i)
@@ -163,7 +162,7 @@ def load(running, n, seed):
         else:
             client.completions.create(**options)
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with running.client() as client, concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(one, range(n)))
     running.wait_until_idle()
 
@@ -181,8 +180,8 @@ def test_many_requests_leak_no_slot_and_no_memory(start, n):
 
 @pytest.fixture
 def command(base, tmp_path):
-    """`python -m gptjax.serve` in a process of its own, and its address."""
-    processes = []
+    """`python -m gptjax.serve` in a process of its own, and a client of it."""
+    processes, clients = [], []
 
     def start(*options):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -193,17 +192,19 @@ def command(base, tmp_path):
         processes.append(process)
         line = process.stdout.readline()
         assert line.startswith("serving base at http://127.0.0.1:"), process.stderr.read()
-        return process, line.split()[-1]
+        clients.append(openai.OpenAI(base_url=f"{line.split()[-1]}/v1", api_key="none", max_retries=0, timeout=60))
+        return process, clients[-1]
 
     yield start
+    for client in clients:
+        client.close()
     for process in processes:
         process.kill()
         process.communicate()
 
 
 def test_sigterm_lets_a_stream_end_and_takes_no_more(command):
-    process, url = command()
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    process, client = command()
     stream = iter(client.completions.create(**LONG | {"max_tokens": 3000}))
     n_seen = bool(next(stream).choices[0].text)
     process.send_signal(signal.SIGTERM)
@@ -212,12 +213,12 @@ def test_sigterm_lets_a_stream_end_and_takes_no_more(command):
         client.models.list()
     *_, last = stream
     assert last.choices[0].finish_reason == "length" and n_seen
-    assert process.wait(30) == 0 and process.stderr.read() == ""
+    assert process.wait(30) == 0
+    assert len(process.stderr.read().splitlines()) == 1  # "loaded ..."
 
 
 def test_after_the_grace_period_streams_end_with_an_error(command):
-    process, url = command("--grace", 0.5, "--max_new_tokens", 10**6)
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    process, client = command("--grace", 0.5, "--max_new_tokens", 10**6)
     stream = iter(client.completions.create(**LONG | {"max_tokens": 10**6}))
     next(stream)
     process.send_signal(signal.SIGTERM)
