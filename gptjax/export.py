@@ -1,4 +1,8 @@
-"""Write a folder for transformers or a file for llama.cpp: python -m gptjax.export out/shakespeare my-model[.gguf]"""
+"""Write a model for other programs: python -m gptjax.export out/shakespeare my-model[.gguf]
+
+A folder is for transformers, and a .gguf file for llama.cpp. With --format stablehlo the folder has the model itself as
+programs, for CPU, GPU and TPU, and an example that runs them with jax alone.
+"""
 
 import json
 import secrets
@@ -18,6 +22,7 @@ from gptjax.hub.gguf_export import GgufType, export_gguf
 from gptjax.hub.gguf_tokenizer import tokenizer_fields
 from gptjax.hub.weights import copy_side_files
 from gptjax.inference.language_model import LanguageModel
+from gptjax.inference.stablehlo import export_programs
 from gptjax.tokenizer import END_OF_TEXT
 
 
@@ -25,6 +30,9 @@ from gptjax.tokenizer import END_OF_TEXT
 class Arguments(Section):
     source: str = argument(MODEL_HELP)
     folder: str = argument("what to write: a folder that is new or empty, or a new FILE.gguf")
+    format: Literal["auto", "huggingface", "gguf", "stablehlo"] = option(
+        "auto", "weights for transformers, a file for llama.cpp, or programs for jax; auto: by the name, the first two"
+    )
     checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "dtype of the weights in a folder")
     type: GgufType = option(
@@ -33,6 +41,11 @@ class Arguments(Section):
 
     def validate(self) -> None:
         to_file = self.folder.endswith(".gguf")
+        fits = self.format == "auto" or to_file == (self.format == "gguf")
+        self.require(fits, "format", "does not go with the name to write: a .gguf file is gguf, and all else a folder")
+        self.require(
+            self.format != "stablehlo" or self.dtype == "float32", "dtype", "is float32 with --format stablehlo"
+        )
         self.require(to_file or self.type == "f32", "type", "is for a .gguf file; pass --dtype for a folder")
         self.require(not to_file or self.dtype == "float32", "dtype", "is for a folder; pass --type for a .gguf file")
 
@@ -47,12 +60,16 @@ def main(argv: Sequence[str]) -> None:
     if to_file:
         _write_gguf(folder, model, arguments.type)
         return
-    family = family_of(model.config)
+    programs = arguments.format == "stablehlo"
+    family = "programs of prefill and decode" if programs else family_of(model.config)
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
         _write_side_files(temporary, model)
-        export(temporary, model.config, model.params, arguments.dtype)
+        if programs:
+            export_programs(temporary, model.config, model.params)
+        else:
+            export(temporary, model.config, model.params, arguments.dtype)
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
