@@ -28,6 +28,11 @@ BODY_SECONDS = 30.0  # in which a request's body has to arrive
 SENDING_SECONDS = 30.0  # in which a client has to read the rest of an answer that has ended
 OPEN_PATHS = ("/", "/healthz")  # need no token, since they tell nothing about the models
 LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+FAILURES: dict[str | None, tuple[int, str]] = {  # by the end of a piece: the status, and the message
+    "timeout": (504, "the request took longer than {:g} s"),
+    "closing": (503, "the server stopped before the answer was complete"),
+    "error": (500, "the model failed; the server's log has more"),
+}
 MODEL, OUTCOME = "gptjax.model", "gptjax.outcome"  # in a request's scope, for the metrics
 
 
@@ -187,6 +192,7 @@ class Answers:
     def __init__(self, served: Served, requests: Sequence[Request], receive: Receive, seconds: float) -> None:
         self._engine, self._requests, self._seconds = served.engine, requests, seconds
         self._queue, self._left = asyncio.Queue[tuple[int, Piece | None]](), len(requests)
+        self._held: tuple[int, Piece | None] | None = None  # what came behind the last piece
         loop = asyncio.get_running_loop()
 
         def deliver_to(i: int) -> Callable[[Piece], None]:
@@ -223,17 +229,22 @@ class Answers:
             raise StopAsyncIteration
         try:
             async with asyncio.timeout(self._seconds + SENDING_SECONDS):  # for an engine that has stopped
-                i, piece = await self._queue.get()
+                i, piece = self._held or await self._queue.get()
         except TimeoutError as error:
             raise ApiError(504, "the engine does not answer", code="timeout") from error
+        self._held = None
+        # Pieces that have come meanwhile are sent as one, so a busy server sends fewer events.
+        while piece and not piece.end and not self._queue.empty():
+            j, following = self._queue.get_nowait()
+            if j != i or following is None or following.end in FAILURES:
+                self._held = j, following
+                break
+            piece = Piece(piece.text + following.text, piece.tokens + following.tokens, following.end)
         if piece is None:
             raise Disconnected
-        if piece.end == "timeout":
-            raise ApiError(504, f"the request took longer than {self._seconds:g} s", code="timeout")
-        if piece.end == "closing":
-            raise ApiError(503, "the server stopped before the answer was complete", code="stopping")
-        if piece.end == "error":
-            raise ApiError(500, "the model failed; the server's log has more", code="engine_failure")
+        if piece.end in FAILURES:
+            status, message = FAILURES[piece.end]
+            raise ApiError(status, message.format(self._seconds), code=piece.end)
         self._left -= piece.end is not None
         return i, piece
 

@@ -20,7 +20,7 @@ from gptjax.inference.sampling import Sampling, TokenIds
 from gptjax.serving.slots import CHUNK, MOST_STEPS, Drawn, Slots
 from gptjax.tokenizer import TextStream, Tokenizer
 
-CALL_SECONDS = 0.025  # a call draws as many tokens as take about so long: few for a large model, whose text streams
+CALL_SECONDS = 0.05  # a call draws as many tokens as take about so long: few for a large model, whose text streams
 
 End = Literal["stop", "length", "timeout", "closing", "error"]
 
