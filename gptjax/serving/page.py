@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.files import shipped
 from gptjax.report import loss_limits, measured, read_metrics, smooth
 from gptjax.serving.served import Served
 
 PAGE = Path(__file__).with_name("page.html")
-PROMPTS = Path(__file__).parents[2] / "prompts" / "case_study.txt"
+PROMPTS = shipped("prompts") / "case_study.txt"
 POINTS = 300  # of a curve at most
 
 
