@@ -214,7 +214,7 @@ GIVEN = {"temperature": 0.0, "top_k": 0, "top_p": 0.5, "repetition_penalty": 2.0
         ({"do_sample": False}, {"temperature": 0.5}, USUAL | {"temperature": 0.5, "top_k": 0}),
     ],
 )
-def test_rules_are_those_given_then_the_makers_then_the_usual(sample, variant, makers, given, expected):
+def test_rules_are_those_given_then_the_makers_then_the_usual(variant, makers, given, expected):
     model = LanguageModel.load(str(variant(generation_config=makers)))
     assert sampling_rules(model, sample.Arguments(**given).rules) == Sampling(**expected)
 
@@ -278,7 +278,7 @@ def test_special_tokens_of_a_prompt_are_text_unless_asked_for(write, base, model
         assert write(base, "--prompt", text, *BRIEFLY, *option.split()) == text + answer.text
 
 
-def test_a_byte_order_mark_and_bytes_that_are_no_text(sample, write, instruct, tmp_path, monkeypatch):
+def test_a_byte_order_mark_and_bytes_that_are_no_text(write, instruct, tmp_path, monkeypatch):
     """The mark is not read; in a conversation such bytes become the replacement character."""
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfabc")
     expected = write(instruct, "--prompt", "abc", *BRIEFLY)
@@ -304,7 +304,7 @@ def test_a_draft_changes_no_greedy_text(write, talk, base, instruct):
     assert talk(instruct, QUESTIONS[:2], *BRIEFLY, "--draft", base) == talk(instruct, QUESTIONS[:2], *BRIEFLY)
 
 
-def test_a_draft_of_other_tokens_is_refused_before_a_word_is_said(sample, base, tmp_path, capsys):
+def test_a_draft_of_other_tokens_is_refused_before_a_word_is_said(base, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(base, other)
     spec = json.loads((other / "tokenizer.json").read_text())
@@ -359,7 +359,7 @@ def test_an_empty_line_or_the_end_of_input_ends_a_conversation(talk, instruct):
         ("--draft nowhere/at/all", "'nowhere/at/all' does not exist"),
     ],
 )
-def test_a_mistake_is_one_line(sample, base, arguments, words):
+def test_a_mistake_is_one_line(base, arguments, words):
     with pytest.raises((UserError, FileNotFoundError)) as raised:
         sample.main(["--run", str(base), *arguments.split()])
     assert words in str(raised.value) and "\n" not in str(raised.value)
