@@ -107,14 +107,19 @@ def train(
             state, progress = _start(run, weights), Progress(dataset.fingerprint())
         weights = None  # frees the parameters that it may hold
         if distributed.is_first():
-            write_atomically(run_dir / "config.json", config.to_json())
-            for name, text in {"tokenizer.json": dataset.tokenizer.to_json(), **dataset.side_files}.items():
-                write_atomically(run_dir / name, text)
+            _write_own_files(run)
         evaluated = progress.evaluated_step in (None, int(state.step))
         if int(state.step) >= config.train.max_steps and evaluated and (run_dir / "report.md").exists():
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
             return 0
         return _train_and_report(run, state, progress, peak, stop, sample)
+
+
+def _write_own_files(run: Run) -> None:
+    """Write what sampling needs beside the parameters."""
+    texts = {"config.json": run.config.to_json(), "tokenizer.json": run.dataset.tokenizer.to_json()}
+    for name, text in (texts | run.dataset.side_files).items():
+        write_atomically(run.folder / name, text)
 
 
 def evaluate(
