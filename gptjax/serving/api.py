@@ -25,7 +25,7 @@ from gptjax.serving.protocol import ApiError, Reply, parse
 from gptjax.serving.served import Limits, Served
 
 BODY_SECONDS = 30.0  # in which a request's body has to arrive
-SENDING_SECONDS = 30.0  # in which a client has to read the rest of an answer that has ended
+SENDING_SECONDS = 30.0  # after which a client that reads nothing of its stream is dropped
 OPEN_PATHS = ("/", "/healthz")  # need no token, since they tell nothing about the models
 LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 FAILURES: dict[str | None, tuple[int, str]] = {  # by the end of a piece: the status, and the message
@@ -145,7 +145,7 @@ class Api:
             self.metrics.first_token.labels(served.name).observe(time.monotonic() - arrived)
             reply = Reply(call, served.name, lambda token: served.model.tokenizer.decode([token]), len(requests))
             if call.stream:
-                return EventStream(_events(reply, first, answers), answers.close, deadline + SENDING_SECONDS)
+                return EventStream(_events(reply, first, answers), answers.close)
             pieces = [first, *[each async for each in answers]]
         except BaseException:
             answers.close()
@@ -276,20 +276,20 @@ def _event(content: Any) -> bytes:
 
 
 class EventStream(Response):
-    """A response of server-sent events, to be read by a deadline (monotonic); `close` is called at its end."""
+    """A response of server-sent events, for a client that reads them; `close` is called at its end."""
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], deadline: float) -> None:
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         super().__init__(None, headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
         del self.headers["content-length"]
-        self._events, self._close, self._deadline = events, close, deadline
+        self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout_at(self._deadline):
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                async for event in self._events:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for event in self._events:
+                async with asyncio.timeout(SENDING_SECONDS):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
-                await send({"type": "http.response.body", "body": b""})
+            await send({"type": "http.response.body", "body": b""})
         except (Disconnected, TimeoutError):  # the connection is closed, as the response has no end
             scope[OUTCOME] = 499
         finally:
