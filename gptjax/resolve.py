@@ -8,6 +8,7 @@ from gptjax.config import ModelConfig
 from gptjax.host import multiplies_bfloat16
 
 LONG_CONTEXT = 512  # tokens from which blockwise attention is faster than plain (measured: docs/performance.md)
+OLD_TPUS = ("TPU v2", "TPU v3")
 MOST_UNROLLED = 24  # layers that a GPU's compiler unrolls in about a minute
 
 
@@ -44,12 +45,13 @@ def _dtype(device: Any) -> Any:
 def _attention(model: ModelConfig, device: Any, packed: bool) -> Any:
     """The hardware's kernel if it supports this model, else blockwise for long contexts, else plain.
 
-    Only plain attention has dropout. Splash attention takes blocks of 128 tokens. cuDNN's kernel takes bfloat16 and
+    Only plain attention has dropout. Splash attention takes blocks of 128 tokens; for TPU v2 and v3 it does not compile
+    in bfloat16 (libtpu 0.0.50: Mosaic has no such matmul there). cuDNN's kernel takes bfloat16 and
     float16, no segments, and head widths that are multiples of 8, up to 128 or, from compute capability 9.0 on, 256.
     """
     if model.attention_rate:
         return "plain"
-    if device.platform == "tpu" and model.block_size % 128 == 0:
+    if device.platform == "tpu" and model.block_size % 128 == 0 and device.device_kind not in OLD_TPUS:
         return "splash"
     nvidia, narrow = _compute_capability(device) or (0, 0), model.dtype != "float32"
     narrow &= model.separator is None and not packed

@@ -14,6 +14,8 @@ LONG = replace(SHORT, block_size=1024)
 WIDE, WIDER = replace(LONG, n_head=2, n_embd=512), replace(LONG, n_head=1, n_embd=512)  # 256 and 512 features a head
 CPU, TPU = SimpleNamespace(platform="cpu"), SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 
+TPU_V2, TPU_V3 = [SimpleNamespace(platform="tpu", device_kind=kind) for kind in ("TPU v2", "TPU v3")]
+
 
 def gpu(kind, capability):
     return SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
@@ -33,6 +35,9 @@ APPLE, UNKNOWN = SimpleNamespace(platform="METAL", device_kind="Metal"), SimpleN
         (SHORT, TPU, "splash", "looped", "bfloat16"),
         (replace(SHORT, block_size=100), TPU, "plain", "looped", "bfloat16"),  # not a multiple of 128
         (replace(LONG, separator=3), TPU, "splash", "looped", "bfloat16"),
+        (replace(LONG, window=100), TPU, "splash", "looped", "bfloat16"),
+        (LONG, TPU_V3, "blockwise", "looped", "bfloat16"),
+        (SHORT, TPU_V2, "plain", "looped", "bfloat16"),
         (replace(LONG, dropout=0.1), TPU, "plain", "looped", "bfloat16"),
         (replace(LONG, dropout=0.1, attention_dropout=0.0), TPU, "splash", "looped", "bfloat16"),
         (replace(LONG, attention="plain", layers="unrolled"), TPU, "plain", "unrolled", "bfloat16"),
