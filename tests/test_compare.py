@@ -15,6 +15,7 @@ import scipy.special
 from test_evaluate import bigram
 
 from gptjax import compare
+from gptjax.chat import sandbox
 from gptjax.chat import template as chat
 from gptjax.checkpoint import Checkpoints
 from gptjax.compare import Arguments, main
@@ -45,7 +46,7 @@ def no_time_is_lost():
     """Each folder is loaded once, and templates are rendered in this process (test_chat_template.py has theirs)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageModel, "load", cache(LanguageModel.load))
-        patch.setattr(chat, "render", lambda template, messages, _: chat._text(template, {"messages": messages}))
+        patch.setattr(chat, "render", lambda template, messages, _: sandbox.text(template, {"messages": messages}))
         yield
 
 

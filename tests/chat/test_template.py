@@ -189,7 +189,7 @@ def serve(template, folder, before="pass", timeout=10.0):
     """The child itself, without its parent."""
     request = {"template": template, "values": {}, "timeout": timeout}
     return subprocess.run(
-        [sys.executable, "-c", f"from gptjax.chat import template as chat; {before}; chat._serve()"],
+        [sys.executable, "-c", f"from gptjax.chat import sandbox; {before}; sandbox.serve()"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -206,7 +206,7 @@ WAYS = ["__import__('os').popen('touch X')", "__import__('os').kill(0, 9)", "__i
 @pytest.mark.parametrize("way", WAYS)
 def test_a_hole_in_the_sandbox_leads_to_a_second_wall(way, tmp_path):
     (tmp_path / "kept").touch()
-    hole = "import jinja2; chat.ImmutableSandboxedEnvironment = jinja2.Environment"
+    hole = "import jinja2; sandbox.ImmutableSandboxedEnvironment = jinja2.Environment"
     child = serve("{{ cycler.__init__.__globals__.__builtins__." + way + " }}", tmp_path, hole)
     error = json.loads(child.stdout)["error"]
     assert re.match(r"is not allowed in line 1 to do this: (open|import|os\.|subprocess)", error)

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from gptjax.chat import template as chat_template
+from gptjax.chat import sandbox
 from gptjax.chat.tokens import encode_chat
 from gptjax.errors import UserError
 from gptjax.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def encode(tokenizer, template, *turns):
     messages = [{"role": role, "content": content} for role, content in turns]
 
     def render(messages):
-        return chat_template._text(template, {"messages": messages})
+        return sandbox.text(template, {"messages": messages})
 
     return encode_chat(tokenizer, template, render, messages), tokenizer.encode(render(messages), special=True)
 
@@ -81,7 +81,7 @@ def test_special_tokens_come_from_the_template_alone(template, contents):
     ids, plain = encode(tokenizer, template, *[("user", content) for content in contents])
     empty, _ = encode(tokenizer, template, *[("user", "") for _ in contents])
     assert marks_in(tokenizer, ids) == marks_in(tokenizer, empty)
-    text = chat_template._text(template, {"messages": [{"role": "user", "content": content} for content in contents]})
+    text = sandbox.text(template, {"messages": [{"role": "user", "content": content} for content in contents]})
     assert tokenizer.decode(ids) == text
 
 

@@ -13,6 +13,7 @@ import pytest
 import scipy.special
 
 from gptjax import sample
+from gptjax.chat import sandbox
 from gptjax.chat import template as chat
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
@@ -91,7 +92,7 @@ def write(capsys):
 @pytest.fixture
 def talk(write, monkeypatch):
     """What is printed in a conversation of these questions; templates are rendered in this process, for time."""
-    monkeypatch.setattr(chat, "render", lambda template, messages, _: chat._text(template, {"messages": messages}))
+    monkeypatch.setattr(chat, "render", lambda template, messages, _: sandbox.text(template, {"messages": messages}))
 
     def talk(folder, questions, *arguments):
         lines = itertools.chain(questions, [""])
@@ -293,7 +294,7 @@ def test_a_byte_order_mark_and_bytes_that_are_no_text(write, instruct, tmp_path,
         assert write(instruct, "--prompt_file", "-", *BRIEFLY) == expected
         os.dup2(kept, 0)
         os.close(kept)
-    monkeypatch.setattr(chat, "render", lambda template, messages, _: chat._text(template, {"messages": messages}))
+    monkeypatch.setattr(chat, "render", lambda template, messages, _: sandbox.text(template, {"messages": messages}))
     monkeypatch.setattr("sys.stdin", typed(b"\xef\xbb\xbfabc\nw\xffhy\n\n"))
     assert write(instruct, "--chat", *BRIEFLY) == "\n".join(anew(instruct, ["abc", "w\ufffdhy"], temperature=0.0)[0])
 

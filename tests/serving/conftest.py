@@ -13,6 +13,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gptjax.chat import sandbox
 from gptjax.chat import template as chat
 from gptjax.config import ModelConfig
 from gptjax.hub.export import export
@@ -66,7 +67,7 @@ def models(base, instruct):
 @pytest.fixture(autouse=True)
 def templates_in_this_process(monkeypatch):
     """For time; test_chat_template.py has the templates' process."""
-    monkeypatch.setattr(chat, "render", lambda template, messages, _: chat._text(template, {"messages": messages}))
+    monkeypatch.setattr(chat, "render", lambda template, messages, _: sandbox.text(template, {"messages": messages}))
 
 
 class Running:
