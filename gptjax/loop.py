@@ -107,19 +107,13 @@ def train(
             state, progress = _start(run, weights), Progress(dataset.fingerprint())
         weights = None  # frees the parameters that it may hold
         if distributed.is_first():
-            _write_own_files(run)
+            for name, text in ({"config.json": config.to_json()} | dataset.run_files()).items():
+                write_atomically(run_dir / name, text)
         evaluated = progress.evaluated_step in (None, int(state.step))
         if int(state.step) >= config.train.max_steps and evaluated and (run_dir / "report.md").exists():
             print(f"{run_dir} is at its last step, {int(state.step):,}; to train on raise --train.max_steps")
             return 0
         return _train_and_report(run, state, progress, peak, stop, sample)
-
-
-def _write_own_files(run: Run) -> None:
-    """Write what sampling needs beside the parameters."""
-    texts = {"config.json": run.config.to_json(), "tokenizer.json": run.dataset.tokenizer.to_json()}
-    for name, text in (texts | run.dataset.side_files).items():
-        write_atomically(run.folder / name, text)
 
 
 def evaluate(
@@ -456,8 +450,10 @@ def _introduce(run: Run, step: int, step_flops: int, peak: float) -> None:
 def _place(run: Run, step: int) -> str:
     """A step and where its batch is in the data, for notes."""
     starts = batch_starts(run.config, len(run.dataset.train), step - 1)
-    some = ", ".join(f"{start:,}" for start in starts[:3]) + (", ..." if len(starts) > 3 else "")
-    return f"step {step:,} (windows of the training split from tokens {some})"
+    packed = isinstance(run.dataset.train, PackedTokens)
+    some = starts[:3] // run.config.model.block_size if packed else starts[:3]
+    text = ", ".join(f"{start:,}" for start in some) + (", ..." if len(starts) > 3 else "")
+    return f"step {step:,} (windows of the training split{', numbers' if packed else ' from tokens'} {text})"
 
 
 def _report(run: Run, progress: Progress, mfu_per_token_rate: float, samples: dict[int, str]) -> None:

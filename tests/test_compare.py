@@ -43,7 +43,7 @@ PICTURE = b"\x89PNG and more <bytes>"
 
 @pytest.fixture(scope="module", autouse=True)
 def no_time_is_lost():
-    """Each folder is loaded once, and templates are rendered in this process (test_chat_template.py has theirs)."""
+    """Each folder is loaded once, and templates are rendered in this process (tests/chat has theirs)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageModel, "load", cache(LanguageModel.load))
         patch.setattr(chat, "render", lambda template, messages, _: sandbox.text(template, {"messages": messages}))

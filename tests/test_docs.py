@@ -31,6 +31,7 @@ FAST = {
     'python sample.py --prompt "ROMEO:"': SHORT,
     'echo "To be, or" | python sample.py --prompt_file - --temperature 0': SHORT,
     "python -m gptjax.data my_text.txt --tokenizer bpe": "--vocab_size 300",
+    "python -m gptjax.data my_chats.jsonl --format chat --tokenizer bpe": "--vocab_size 300",
     "python -m gptjax.evaluate out/shakespeare --text my_text.txt": "",
     "python -m gptjax.export out/shakespeare my-model": "",
     "python -m gptjax.export out/shakespeare my-programs --format stablehlo": "",
@@ -54,6 +55,9 @@ SLOW = {
     "python -m gptjax.export out/shakespeare my-model --dtype bfloat16": "",
     "python -m gptjax.export out/shakespeare my-model.gguf --type q8_0": "",
     "python train.py --config configs/speedrun.py": TINY,
+    "python train.py --config configs/chat_shakespeare.py": (
+        f"{STEPS} --data.source my_chats.jsonl --model.block_size 32 --out_dir out/chat"
+    ),
     "python train.py --config configs/speedrun_long.py": f"{TINY} {BPE}",
     "python -m benchmarks.ablations tinyshakespeare.txt": "--rows 0 --steps 2",
 }
@@ -75,6 +79,8 @@ EXCEPTIONS = {
     "python -m gptjax.compare out/shakespeare openai-community/gpt2 Qwen/Qwen2.5-0.5B-Instruct": NETWORK,
     "python -m gptjax.compare out/shakespeare smollm2": SMOLLM2,
     "python sample.py --run smollm2 ...": SMOLLM2,
+    "python train.py --config configs/chat_smollm2.py": SMOLLM2,
+    "python sample.py --run out/chat_smollm2 --chat": SMOLLM2,
     "llama-completion ...": PROGRAM,
     "llama-server ...": PROGRAM,
     "ollama ...": PROGRAM,
@@ -178,6 +184,7 @@ def trained(tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     for name in ("my_text.txt", "more_text.txt", "tinyshakespeare.txt"):
         (folder / name).write_text(TEXT * 40 if name == "tinyshakespeare.txt" else TEXT)
+    (folder / "my_chats.jsonl").write_text('{"prompt": "Who?", "response": "A bard."}\n' * 40)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         run(FIRST, SLOW[FIRST], monkeypatch)

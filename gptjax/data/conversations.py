@@ -68,7 +68,8 @@ def open_conversations(config: DataConfig) -> Conversations:
         return Conversations(name, source, (download(source, name, config),), read_conversations)
     path = Path(source).resolve()
     if not source or not path.exists():
-        raise UserError(f"file of conversations {source!r} does not exist: correct --data.source")
+        fix = f"pass JSON lines of messages, or {DIALOGUES}, as --data.source"
+        raise UserError(f"file of conversations {source!r} does not exist: {fix}")
     if path.is_file():
         return Conversations(path.name.partition(".")[0], str(path), (path,), read_conversations)
     names = chosen(files_below(path), lambda name: format_of(name) in _FORMATS, str(path))

@@ -74,6 +74,10 @@ class Dataset(NamedTuple):
                 fix = "put the tokenizer.json that made it beside it, or copy it again"
                 raise UserError(f"{found}: {fix}")
 
+    def run_files(self) -> dict[str, str]:
+        """Return the texts of the files that a run keeps of its data, by name."""
+        return {"tokenizer.json": self.tokenizer.to_json()} | self.side_files
+
     def summary(self) -> str:
         """Return the sizes of both splits."""
         if isinstance(self.train, PackedTokens) and isinstance(self.val, PackedTokens):
@@ -204,7 +208,7 @@ def _write_conversations(made: Path, config: DataConfig, source: Conversations) 
             counts["predicted"] += int(predicted.sum())
             yield entries_of(ids, predicted)
 
-    fields: dict[str, Any] = {"conversations": n, "characters": n, "vocab_size": chat.tokenizer.vocab_size}
+    fields: dict[str, Any] = {"conversations": n, "vocab_size": chat.tokenizer.vocab_size}
     fields |= {"dtype": UINT32.name, "format": "chat"}
     for split, examples in (
         ("train", itertools.chain([first], itertools.islice(encoded, n_train - 1))),
@@ -241,7 +245,8 @@ def _is_current(folder: Path, made_from: dict[str, Any]) -> bool:
         manifest = read_json(folder / MANIFEST) if (folder / "tokenizer.json").exists() else {}
     except UserError:
         return False
-    counts = [manifest.get(name) for name in ("characters", "vocab_size", "train_tokens", "val_tokens")]
+    size = "conversations" if made_from["format"] == "chat" else "characters"
+    counts = [manifest.get(name) for name in (size, "vocab_size", "train_tokens", "val_tokens")]
     made = all(type(n) is int for n in counts) and manifest.get("made_from") == made_from
     return made and _has_token_files(folder)
 

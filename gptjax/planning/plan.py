@@ -98,7 +98,8 @@ def complete_config(config: Config, device: Any) -> Config:
     if not vocab_size:
         unknown = f"data.tokenizer={tokenizer!r} has no known size"
         raise UserError(f"a plan reads no data, and {unknown}: --model.vocab_size N")
-    return replace(config, model=resolve(replace(config.model, vocab_size=vocab_size), device))
+    model = replace(config.model, vocab_size=vocab_size)
+    return replace(config, model=resolve(model, device, packed=config.data.format == "chat"))
 
 
 def make_plan(config: Config, topology: Topology, slower_than: float = math.inf) -> Plan:
