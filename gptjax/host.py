@@ -101,6 +101,17 @@ def keep_freed_memory() -> None:
         _ = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)  # old versions refuse the first
 
 
+def overlap_options(platform: str, n_devices: int) -> dict[str, bool]:
+    """XLA's options with which several GPUs communicate while they compute; it schedules one after the other otherwise.
+
+    Given with a program, an option that XLA does not know is an error of JAX's; in XLA_FLAGS it would abort the
+    process. Where the user's XLA_FLAGS name the option, they decide.
+    """
+    name = "xla_gpu_enable_latency_hiding_scheduler"
+    overlaps = platform == "gpu" and n_devices > 1 and name not in os.environ.get("XLA_FLAGS", "")
+    return {name: True} if overlaps else {}
+
+
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32 and this JAX (0.12 or later) makes use of it."""

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from gptjax import cpu
 from gptjax.config import Config
 from gptjax.data.packing import CONTEXT, FIRST, ID
+from gptjax.host import overlap_options
 from gptjax.loss import cross_entropy_sum, pieces_of
 from gptjax.loss_scale import LossScale
 from gptjax.model import GPT
@@ -207,7 +208,8 @@ def _jit_train_step(config: Config, mesh: Mesh, state: TrainState) -> Any:
         # A branch instead of a selection: a CPU would copy the whole state.
         step = partial(step, gradient=cpu.split_gradient(gradient, config, mesh), cond=jax.lax.cond)
     inputs, outputs = (split, batch_sharding(mesh)), (split, NamedSharding(mesh, PartitionSpec()))
-    return jax.jit(step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)
+    options = overlap_options(mesh.devices.flat[0].platform, mesh.size)
+    return jax.jit(step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0, compiler_options=options or None)
 
 
 def trace_train_step(config: Config, mesh: Mesh) -> tuple[TrainState, jax.stages.Traced]:

@@ -9,6 +9,7 @@ import pytest
 from gptjax import host
 from gptjax.compilation_cache import MAX_BYTES, ProgramCache
 from gptjax.errors import UserError
+from gptjax.host import overlap_options
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,21 @@ def test_a_cached_program_is_whole_or_absent(tmp_path):
     cache.put("step", b"program")
     assert cache.get("step") is None and [path.name for path in tmp_path.iterdir()] == ["step-cache"]
     ProgramCache(tmp_path / "nowhere").put("step", b"program")
+
+
+def test_only_several_gpus_overlap_and_a_users_flags_decide(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    [(name, value)] = overlap_options("gpu", 8).items()
+    assert value is True and not overlap_options("gpu", 1) and not overlap_options("tpu", 8)
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=x --{name}=false")
+    assert not overlap_options("gpu", 8)
+
+
+def test_xla_knows_the_options_for_several_gpus():
+    options = overlap_options("gpu", 8)
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    with pytest.raises(Exception, match="xla_gpu_unknown"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_unknown": True})(1)
 
 
 def test_the_programs_that_were_not_used_for_longest_are_deleted(tmp_path):
