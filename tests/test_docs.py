@@ -55,6 +55,7 @@ SLOW = {
     "python -m gptjax.export out/shakespeare my-model --dtype bfloat16": "",
     "python -m gptjax.export out/shakespeare my-model.gguf --type q8_0": "",
     "python train.py --config configs/speedrun.py": TINY,
+    "python train.py --config configs/overfit.py": f"{TINY} --data.val_fraction 0.1",
     "python train.py --config configs/chat_shakespeare.py": (
         f"{STEPS} --data.source my_chats.jsonl --model.block_size 32 --out_dir out/chat"
     ),
@@ -81,6 +82,10 @@ EXCEPTIONS = {
     "python sample.py --run smollm2 ...": SMOLLM2,
     "python train.py --config configs/chat_smollm2.py": SMOLLM2,
     "python sample.py --run out/chat_smollm2 --chat": SMOLLM2,
+    "python -m gptjax.compare out/overfit smollm2 ...": SMOLLM2,
+    "python -m gptjax.evaluate smollm2 ...": SMOLLM2,
+    "python -m gptjax.evaluate out/overfit --text play.txt": "needs the run of configs/overfit.py",
+    "python -c ...": "writes a text that comes with Python",
     "llama-completion ...": PROGRAM,
     "llama-server ...": PROGRAM,
     "ollama ...": PROGRAM,
