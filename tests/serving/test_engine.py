@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import ModelConfig
+from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import Sampling
 from gptjax.serving.engine import Closing, Engine, QueueFull, Request
 from gptjax.serving.slots import CHUNK, SHORTEST, Slots
@@ -244,3 +245,16 @@ def test_the_cache_grows_for_a_long_text_and_shrinks_again(scramble):
         slots.fit(n)
         lengths.append(slots.length)
     assert lengths == [256, 256, 512, 1152, 1152, 1152, 256]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_layers_that_are_stacked_as_on_a_tpu_and_int8_weights(base, dtype):
+    model = LanguageModel.load(str(base), dtype=dtype)
+    model = model if dtype == "float32" else model.for_sampling()
+    engine = Engine(model, n_slots=2)
+    engine.start()
+    requests = [Request(prompt_of(n, seed=n), 70, RULES[0], seed=0) for n in (70, 90, 75)]
+    for request, answer in zip(requests, ask(engine, *requests), strict=True):
+        assert [token.id for token in answer.tokens] == alone(model, request).tokens
+    engine.close(time.monotonic())
+    engine.join(30.0)
