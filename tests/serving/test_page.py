@@ -141,7 +141,7 @@ def test_an_answer_streams_and_stop_ends_it(page, running):
     page.fill("#most", "4096")
     page.fill("#text", "abc")
     page.click("#send")
-    until(page, "document.querySelectorAll('.token').length > 5")
+    until(page, "[...document.querySelectorAll('.answer')].filter(a => a.children.length > 5).length === 2")
     assert running.busy == 2 and page.is_disabled("#send")
     page.click("#halt")
     until(page, "running === 0")
