@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import gptjax.__main__
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = (
@@ -25,6 +27,7 @@ SHAPE = "--model.n_layer 1 --model.n_head 2 --model.n_embd 16 --model.block_size
 TINY = f"--data.source my_text.txt {STEPS} {SHAPE}"
 BPE = "--data.vocab_size 300"
 FIRST = "python train.py --config configs/shakespeare.py"
+LLAMA = "python train.py --config configs/shakespeare_llama.py"
 SHORT = "--max_new_tokens 4"
 # Command -> options that make it small. The fast ones run by default, the slow ones with `-m slow`.
 FAST = {
@@ -32,28 +35,31 @@ FAST = {
     'echo "To be, or" | python sample.py --prompt_file - --temperature 0': SHORT,
     "python -m gptjax.data my_text.txt --tokenizer bpe": "--vocab_size 300",
     "python -m gptjax.data my_chats.jsonl --format chat --tokenizer bpe": "--vocab_size 300",
-    "python -m gptjax.evaluate out/shakespeare --text my_text.txt": "",
-    "python -m gptjax.export out/shakespeare my-model": "",
+    "gptjax evaluate out/shakespeare --text my_text.txt": "",
+    "gptjax export out/shakespeare_llama my-model.gguf": "",
     "python -m gptjax.export out/shakespeare my-programs --format stablehlo": "",
-    "python -m gptjax.verify out/shakespeare": "--steps 0:2",
+    "gptjax verify out/shakespeare": "--steps 0:2",
+    "python train.py --eval_only --out_dir out/shakespeare --train.eval_batches 0": "",
     f"{FIRST} --resume": f"{TINY} {BPE}",
 }
 SLOW = {
     FIRST: f"{TINY} {BPE}",
+    LLAMA: f"{TINY} {BPE} --model.mlp_width 32",
+    f"{FIRST} --train.profile 10:13": f"{TINY} {BPE} --train.profile 1:2",
     f"{FIRST} --data.source my_text.txt": f"{STEPS} {SHAPE} {BPE}",
     f"{FIRST} --data.tokenizer bpe --data.vocab_size 4096": f"{TINY} {BPE}",
-    "python train.py --resume --out_dir out/shakespeare --train.max_steps 5000 --optimizer.decay_steps 3000": (
+    "python train.py --resume --out_dir out/shakespeare --train.max_steps 600 --optimizer.decay_steps 400": (
         "--train.max_steps 3 --optimizer.decay_steps 2"
     ),
-    "python train.py --resume 1500 --out_dir out/shakespeare --optimizer.learning_rate 3e-4": (
+    "python train.py --resume 300 --out_dir out/shakespeare --optimizer.learning_rate 1e-3": (
         "--resume 2 --train.max_steps 3 --optimizer.decay_steps 2"
     ),
     "python sample.py --run out/shakespeare --num_samples 3 --temperature 0.7 --top_k 50 --seed 7": SHORT,
     "python train.py --init_from out/shakespeare --data.source more_text.txt --out_dir out/more": (
         f"{STEPS} --model.block_size 16"
     ),
-    "python -m gptjax.export out/shakespeare my-model --dtype bfloat16": "",
-    "python -m gptjax.export out/shakespeare my-model.gguf --type q8_0": "",
+    "gptjax export out/shakespeare_llama my-model --dtype bfloat16": "",
+    "gptjax export out/shakespeare_llama my-model.gguf --type q8_0": "",
     "python train.py --config configs/speedrun.py": TINY,
     "python train.py --config configs/overfit.py": f"{TINY} --data.val_fraction 0.1",
     "python train.py --config configs/chat_shakespeare.py": (
@@ -78,7 +84,11 @@ EXCEPTIONS = {
     "python sample.py --run Qwen/...": NETWORK,
     "python sample.py --run openai-community/...": NETWORK,
     "python -m gptjax.compare out/shakespeare openai-community/gpt2 Qwen/Qwen2.5-0.5B-Instruct": NETWORK,
-    "python -m gptjax.compare out/shakespeare smollm2": SMOLLM2,
+    "gptjax compare out/shakespeare smollm2": SMOLLM2,
+    "srun ...": CLUSTER,
+    "gcloud ...": CLOUD,
+    f"{FIRST} --train.wandb plays": "needs an account: tests/test_trackers.py",
+    "gptjax plan --config gpt2_124m --topology v5e:4x4": COMPILERS,
     "python sample.py --run smollm2 ...": SMOLLM2,
     "python train.py --config configs/chat_smollm2.py": SMOLLM2,
     "python sample.py --run out/chat_smollm2 --chat": SMOLLM2,
@@ -103,8 +113,6 @@ EXCEPTIONS = {
     "python -m gptjax.serve ...": SERVER,
     "GPTJAX_API_KEY=...": SERVER,
     "python my-programs/run.py ...": "runs what another command wrote: tests/inference/test_stablehlo.py",
-    "gcloud ...": CLOUD,
-    "srun ...": CLUSTER,
     "python train.py --coordinator ...": CLUSTER,
     "python -m venv plan": COMPILERS,
     "plan/bin/...": COMPILERS,
@@ -119,7 +127,8 @@ def blocks(page, language):
 
 
 def commands(page):
-    """The commands of the page's sh blocks, each in one line with single spaces."""
+    """The commands of the page's sh blocks and those that end a row of a table, each in one line with single spaces."""
+    yield from re.findall(r"^\| [^|]* \| `((?:python|gptjax) [^`]+)` \|$", page.read_text(), re.M)
     for block in blocks(page, "sh"):
         pending = ""
         for line in block.replace("\\\n", " ").splitlines():
@@ -162,20 +171,25 @@ def run(command, options, monkeypatch):
     """Run a command of Python in this process, as `python` does, and fail unless its exit code is 0."""
     fed, _, command = command.rpartition(" | ")
     words = [*shlex.split(command), *shlex.split(options)]
-    assert words.pop(0) == "python"
+    program = words.pop(0)
+    assert program in ("python", "gptjax")
     if fed:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(fed.removeprefix("echo ").strip('"').encode())))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)  # cores: conftest's devices
     monkeypatch.syspath_prepend(str(ROOT))
     try:
-        if words[0] == "-m":
+        here = ["--num_processes", "1", "--cpu_devices", "8"]  # JAX may run in this process already, with 8 devices
+        words += here if words[0] in ("train.py", "train") else []
+        if program == "gptjax":
+            monkeypatch.setattr(sys, "argv", [program, *words])
+            gptjax.__main__.main()
+        elif words[0] == "-m":
             monkeypatch.setattr(sys, "argv", words[1:])
             for module in (words[1], f"{words[1]}.__main__"):
                 monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns of one that is imported
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
-            here = ["--num_processes", "1", "--cpu_devices", "8"]  # JAX may run in this process already, with 8 devices
-            monkeypatch.setattr(sys, "argv", [*words, *(here if words[0] == "train.py" else [])])
+            monkeypatch.setattr(sys, "argv", words)
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         assert not end.code
@@ -192,7 +206,8 @@ def trained(tmp_path_factory):
     (folder / "my_chats.jsonl").write_text('{"prompt": "Who?", "response": "A bard."}\n' * 40)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        run(FIRST, SLOW[FIRST], monkeypatch)
+        for command in (FIRST, LLAMA):
+            run(command, SLOW[command], monkeypatch)
     return folder
 
 
