@@ -76,7 +76,7 @@ def test_mistakes_on_the_command_line_name_the_option(arguments, words):
     [
         (lambda: ModelConfig(n_layer="4"), ["model.n_layer='4'", "integer"]),
         (lambda: ModelConfig(n_layer=True), ["model.n_layer=True", "integer"]),
-        (lambda: ModelConfig(dtype="float16"), ["model.dtype='float16'", "bfloat16"]),
+        (lambda: ModelConfig(dtype="int8"), ["model.dtype='int8'", "bfloat16"]),
         (lambda: ModelConfig(attention_dropout=-0.1), ["model.attention_dropout=-0.1"]),
         (lambda: ModelConfig(dropout=0.1, attention="blockwise"), ["model.attention=", "--model.attention_dropout 0"]),
         (lambda: DataConfig(val_fraction=1), ["data.val_fraction=1"]),

@@ -195,7 +195,7 @@ WIDE = replace(Config().model, n_embd=768, block_size=1024, dtype="bfloat16")
         ({"grad_norm": [0.5] * 40 + [1.5] * 60}, {}, ["grad_clip=1 at 67%", "grad_clip to about 3"]),
         ({"seconds": [20.0 * i for i in range(100)]}, {}, ["75% of the time", "100 evaluations of the whole split"]),
         (UNEVEN, {}, ["below 100 tokens/s, and the median is 200"]),
-        ({}, {"mfu": 0.1}, ["utilization is low, 10.0%: its matrices are only 384 wide (model.n_embd). python"]),
+        ({}, {"mfu": 0.1}, ["utilization is low, 10.0%: its matrices are only 384 wide (model.n_embd). gptjax plan"]),
         ({}, CAUSES, ["384 wide", "only 768 tokens at a time", "20% of the devices' memory"]),
         ({}, {"mfu": 0.1, "config": Config(model=WIDE)}, ["the run's figures do not show why"]),
     ],

@@ -110,7 +110,9 @@ def test_a_checkpoint_that_training_replaces_is_read_again(tmp_path, monkeypatch
         load_run(tmp_path, "best")
 
 
-BASE = Config(data=DataConfig(tokenizer="bpe"), optimizer=OptimizerConfig(decay_steps=2000))
+BASE = Config(
+    data=DataConfig(tokenizer="bpe"), model=ModelConfig(qk_norm=True), optimizer=OptimizerConfig(decay_steps=2000)
+)
 
 
 def with_another(name):
@@ -118,7 +120,7 @@ def with_another(name):
     section, _, field = name.rpartition(".")
     owner = getattr(BASE, section) if section else BASE
     hint = typing.get_type_hints(type(owner))[field]
-    candidates = [*typing.get_args(hint), True, False, 1, 2, 6, 1000, 0.5, 2.0, 1e-5, "elsewhere", "query"]
+    candidates = [*typing.get_args(hint), True, False, 1, 2, 6, 1000, 0.5, 2.0, 1e-5, "elsewhere", "query", "1:2"]
     for value in candidates:
         try:
             changed = dataclasses.replace(owner, **{field: value})

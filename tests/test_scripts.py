@@ -256,7 +256,7 @@ def test_help_shows_the_usual_options_and_help_all_the_others(capsys):
     assert [re.search(r" --\S+", group)[0] for group in usual.split(":\n")[2:5]] == [
         " --config", " --cpu_devices", " --data.source"
     ]  # fmt: skip
-    assert "--train.seed N" in usual and "--config PATH" in usual and "{auto,float32,bfloat16}" in usual
+    assert "--train.seed N" in usual and "--config PATH" in usual and "{auto,float32,bfloat16,float16}" in usual
     hidden = {"--optimizer.beta1", "--model.rope_theta", "--train.max_skipped"}
     assert all(name not in usual and name in everything for name in hidden) and len(everything) > len(usual)
     assert all(re.search(rf"--{re.escape(name)}\s", usual) for name in cli.USUAL)

@@ -243,4 +243,4 @@ def test_mistakes_are_one_line_and_exit_code_2_and_help_is_for_every_command(tmp
     for command in (["--help"], ["tokenize", "--help"]):
         with pytest.raises(SystemExit, match="0"):
             main(command)
-        assert f"python -m gptjax.data {' '.join(command[:-1])}".strip() in capsys.readouterr().out
+        assert f"gptjax data {' '.join(command[:-1])}".strip() in capsys.readouterr().out

@@ -21,7 +21,6 @@ from gptjax.hub.export import export
 from gptjax.inference import generate
 from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.terminal import sampling_rules
 from gptjax.model import GPT
 from gptjax.tokenizer import Tokenizer
 
@@ -217,7 +216,7 @@ GIVEN = {"temperature": 0.0, "top_k": 0, "top_p": 0.5, "repetition_penalty": 2.0
 )
 def test_rules_are_those_given_then_the_makers_then_the_usual(variant, makers, given, expected):
     model = LanguageModel.load(str(variant(generation_config=makers)))
-    assert sampling_rules(model, sample.Arguments(**given).rules) == Sampling(**expected)
+    assert model.sampling(**sample.Arguments(**given).rules) == Sampling(**expected)
 
 
 @pytest.mark.parametrize("values", [{"temperature": "hot"}, {"top_k": -3}, {"top_p": 1.5}, {"eos_token_id": [[1]]}])

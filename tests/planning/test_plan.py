@@ -42,7 +42,7 @@ GPT2 = Config(
     model=ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024),
     train=TrainConfig(batch_size=512, accumulate=4, max_steps=600_000),
 )
-PLANNED = complete_config(GPT2, SimpleNamespace(platform="tpu"))
+PLANNED = complete_config(GPT2, SimpleNamespace(platform="tpu", device_kind="TPU v5 lite"))
 
 
 def test_hardware_has_product_names_and_a_peak():
