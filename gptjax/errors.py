@@ -13,6 +13,19 @@ from typing import Any, TextIO
 class UserError(Exception):
     """A mistake that the user can fix. Its message is one line: the problem, its place and the fix."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """The text with its white space as single spaces and control characters, as a file may hold them, as escapes.
+
+    >>> one_line("bad\\n  token \\x1b[31m")
+    'bad token \\\\x1b[31m'
+    """
+    visible = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return "".join(visible)
+
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
@@ -43,7 +56,7 @@ def one_line_errors() -> Iterator[None]:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         try:
-            print("error: " + " ".join(known[1].split()), file=sys.stderr, flush=True)
+            print("error: " + one_line(known[1]), file=sys.stderr, flush=True)
         except OSError:
             discard(sys.stderr)
         sys.exit(known[0])

@@ -26,3 +26,8 @@ def test_what_a_user_can_mend_is_one_line(error, code, words):
 
 def test_a_bug_keeps_its_traceback():
     assert exit_code_and_message(ValueError("x")) is None and exit_code_and_message(OSError(errno.EIO, "I/O")) is None
+
+
+def test_a_message_is_one_line_whatever_a_file_put_into_it():
+    error = UserError("the token '#\x0c\x1b[31m'\n of a\u2028file")
+    assert str(error) == r"the token '# \x1b[31m' of a file" and len(str(error).splitlines()) == 1

@@ -1,6 +1,7 @@
-"""Coverage-guided fuzzing of one reader: `fuzz.py READER FILE SECONDS FOLDER`. It fails at an input without one line.
+"""Coverage-guided fuzzing of one reader: `fuzz.py READER FILE FOLDER OPTIONS`. It fails at an input without one line.
 
-FOLDER holds `seeds`, good files to begin with, and `work`, where the reader finds FILE and what else it reads.
+FOLDER holds `seeds`, good files to begin with, and `work`, where the reader finds FILE and what else it reads; OPTIONS
+are libFuzzer's.
 """
 
 import sys
@@ -60,7 +61,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def main(reader: str, file: str, seconds: str, folder: Path) -> None:
+def main(reader: str, file: str, folder: Path, *options: str) -> None:
 
     def one_input(data: bytes) -> None:
         path = folder / "work" / file
@@ -70,10 +71,10 @@ def main(reader: str, file: str, seconds: str, folder: Path) -> None:
         except UserError as error:
             assert len(str(error).splitlines()) == 1, error
 
-    options = [f"-max_total_time={seconds}", f"-artifact_prefix={folder}/", "-rss_limit_mb=0", "-timeout=60"]
-    atheris.Setup([sys.argv[0], *options, str(folder / "seeds")], one_input)
+    limits = [f"-artifact_prefix={folder}/", "-rss_limit_mb=0", "-timeout=60"]
+    atheris.Setup([sys.argv[0], *options, *limits, str(folder / "seeds")], one_input)
     atheris.Fuzz()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], Path(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
