@@ -35,16 +35,6 @@ DTYPE_HELP = (
     "memory; on some CPUs no faster), activations as with auto; "
     "auto: float32 on CPU, elsewhere the run's own or bfloat16"
 )
-# The fields of a config that --help explains, the most used first; --help-all explains the others too.
-USUAL = """
-data.source data.tokenizer data.vocab_size data.val_fraction
-model.n_layer model.n_head model.n_embd model.block_size model.dropout model.dtype model.lora_rank model.remat
-optimizer.learning_rate optimizer.min_learning_rate optimizer.warmup_steps optimizer.matrix_optimizer
-optimizer.muon_learning_rate optimizer.weight_decay
-train.max_steps train.batch_size train.accumulate train.eval_interval train.eval_batches train.save_interval
-train.patience train.seed train.wandb train.profile
-mesh.data mesh.fsdp mesh.tensor
-""".split()
 GROUPS = {"": "options", "train": "training"}  # of --help, by the prefix of their options; others have its name
 
 
@@ -83,17 +73,17 @@ def _explain(error: BaseException) -> str:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises `UserError` and takes its options from dataclasses.
 
-    With `usual`, fields of a config such as "train.seed", --help shows no other fields of it, and these in this order;
-    --help-all shows all.
+    With `brief`, --help shows the usual fields of a config's sections, and --help-all shows all.
     """
 
-    def __init__(self, prog: str, description: str | None, add_help: bool = True, usual: Sequence[str] = ()) -> None:
+    def __init__(self, prog: str, description: str | None, add_help: bool = True, brief: bool = False) -> None:
         text = description and inspect.cleandoc(description)
-        self._usual, self._named = usual, dict[str, argparse._ArgumentGroup]()
+        self._brief, self._rare = brief, set[str]()
+        self._named = dict[str, argparse._ArgumentGroup]()
         super().__init__(prog, "%(prog)s [options]", text, add_help=False, allow_abbrev=False)
         if add_help:
             self._group("help").add_argument("-h", "--help", action="help", help="show this help and exit")
-            if usual:
+            if brief:
                 self._group("help").add_argument("--help-all", action=_HelpAll, help="show all options and exit")
 
     def error(self, message: str) -> NoReturn:
@@ -110,8 +100,8 @@ class Parser(argparse.ArgumentParser):
         width = min(shutil.get_terminal_size((110, 24)).columns, 120)
         self.formatter_class = partial(Formatter, max_help_position=36, width=width)
         texts = {action: action.help for action in self._actions}
-        for action in self._actions if self._usual and not everything else ():
-            if "." in action.dest and action.dest not in self._usual:
+        for action in self._actions if self._brief and not everything else ():
+            if action.dest in self._rare:
                 action.help = argparse.SUPPRESS
         try:
             return super().format_help()
@@ -130,9 +120,10 @@ class Parser(argparse.ArgumentParser):
 
         A tuple field takes one or more values.
         """
-        hints, order = typing.get_type_hints(type(defaults)), {name: i for i, name in enumerate(self._usual)}
+        hints = typing.get_type_hints(type(defaults))
         named = {f"{prefix}.{spec.name}" if prefix else spec.name: spec for spec in dataclasses.fields(defaults)}
-        for name in sorted(named, key=lambda name: order.get(name, len(order))):
+        self._rare |= {name for name, spec in named.items() if prefix and not spec.metadata["usual"]}
+        for name in sorted(named, key=self._rare.__contains__):
             default = getattr(defaults, named[name].name)
             if dataclasses.is_dataclass(default):
                 self.add_fields(default, name)

@@ -21,11 +21,12 @@ def option(default: Any, help: str, **notes: Any) -> Any:
 
     Notes are `free_on_resume` (a resumed run may change the field, since it changes no step's result up to rounding),
     `remedy` (a resumed run may change it where the command line names it: a way out of divergence), `const` (the value
-    of an option without one), `prose` (a leading ~ is not the home folder), `metavar` and `group` (in `--help`) and,
-    for model fields, `architecture` (the weights determine the field; if false each run chooses it).
+    of an option without one), `prose` (a leading ~ is not the home folder), `metavar` and `group` (in `--help`),
+    `usual` (--help shows the field, and not --help-all alone) and, for model fields, `architecture` (the weights
+    determine the field; if false each run chooses it).
     """
-    usual = {"free_on_resume": False, "remedy": False, "architecture": True}
-    return field(default=default, metadata={"help": help} | usual | notes)
+    unless_noted = {"free_on_resume": False, "remedy": False, "usual": False, "architecture": True}
+    return field(default=default, metadata={"help": help} | unless_noted | notes)
 
 
 MAX_NUMBER = 3.4e38  # of float32
@@ -98,13 +99,18 @@ class DataConfig(Section):
         "or a folder of token files (nanoGPT's train.bin and val.bin, or llm.c's shards), also at gs:// or s3://; "
         "chat: 'shakespeare-dialogues', or JSON lines of messages: a file, a folder or a URL",
         metavar="PATH",
+        usual=True,
     )
     format: Literal["text", "chat"] = option(
         "text", "text, or chat: conversations, written by the model's chat template, of which answers alone are learned"
     )
-    tokenizer: str = free("char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json")
-    vocab_size: int = option(4096, "size of the vocabulary that a 'bpe' tokenizer learns")
-    val_fraction: float = option(0.1, "fraction of the text or of the conversations, at the end, for validation")
+    tokenizer: str = free(
+        "char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json", usual=True
+    )
+    vocab_size: int = option(4096, "size of the vocabulary that a 'bpe' tokenizer learns", usual=True)
+    val_fraction: float = option(
+        0.1, "fraction of the text or of the conversations, at the end, for validation", usual=True
+    )
     order: Literal["random", "epoch"] = option(
         "random", "'random' windows, or 'epoch': every window once per epoch, shuffled, as conversations always are"
     )
@@ -127,10 +133,10 @@ LINEAR_LAYERS = ("query", "key", "value", "out", "up", "gate", "down")
 @dataclass(frozen=True)
 class ModelConfig(Section):
     vocab_size: int = option(0, "size of the vocabulary; 0: the tokenizer's")
-    block_size: int = chosen(256, "context length in tokens")
-    n_layer: int = option(6, "transformer blocks")
-    n_head: int = option(6, "attention heads")
-    n_embd: int = option(384, "width of the residual stream (model width)")
+    block_size: int = chosen(256, "context length in tokens", usual=True)
+    n_layer: int = option(6, "transformer blocks", usual=True)
+    n_head: int = option(6, "attention heads", usual=True)
+    n_embd: int = option(384, "width of the residual stream (model width)", usual=True)
     n_kv_head: int = option(0, "key and value heads, each shared by a group of attention heads; 0: n_head")
     head_dim: int = option(0, "width of an attention head; 0: n_embd / n_head")
     mlp_width: int = option(0, "width of an MLP's hidden layer; 0: 4 n_embd")
@@ -160,12 +166,14 @@ class ModelConfig(Section):
     out_bias: bool = option(False, "a bias in the attention's output, which Llama's attention_bias has as well")
     tied_head: bool = option(True, "use the token embedding as the output head; false: separate weights")
     lora_rank: int = chosen(
-        0, "LoRA: rank of the updates of linear layers, which alone are trained; 0: train all parameters"
+        0, "LoRA: rank of the updates of linear layers, which alone are trained; 0: train all parameters", usual=True
     )
     lora_alpha: float = chosen(16.0, "LoRA: updates are scaled by lora_alpha / lora_rank")
     lora_layers: str = chosen(",".join(LINEAR_LAYERS), "LoRA: linear layers that have updates, separated by commas")
     dropout: float = chosen(
-        0.0, "dropout rate of the embedding, the attention weights and both residual branches, rounded to 256ths"
+        0.0,
+        "dropout rate of the embedding, the attention weights and both residual branches, rounded to 256ths",
+        usual=True,
     )
     attention_dropout: float | None = chosen(
         None, "dropout rate of the attention weights; 0 allows attention other than plain; none: dropout"
@@ -182,12 +190,13 @@ class ModelConfig(Section):
         "auto", "in training: unrolled, or a loop, which compiles faster; auto: unrolled on CPU, and on GPU up to 24"
     )
     remat: Literal["none", "dots", "full"] = chosen_free(
-        "none", "recompute in the backward pass to save memory: nothing, all but matmuls, or whole layers"
+        "none", "recompute in the backward pass to save memory: nothing, all but matmuls, or whole layers", usual=True
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = chosen(
         "auto",
         "of activations; auto: bfloat16 on TPU, GPUs from 2020 on and, with jax 0.12, CPUs that have it; float16, with "
         "a loss scale, on NVIDIA's GPUs of 2017 to 2019; else float32",
+        usual=True,
     )
 
     def validate(self) -> None:
@@ -259,22 +268,24 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-    learning_rate: float = remedy(1e-3, "learning rate at the end of the warm-up")
-    min_learning_rate: float = remedy(1e-4, "learning rate from the end of the decay on")
+    learning_rate: float = remedy(1e-3, "learning rate at the end of the warm-up", usual=True)
+    min_learning_rate: float = remedy(1e-4, "learning rate from the end of the decay on", usual=True)
     schedule: Literal["cosine", "linear"] = option(
         "cosine", "decay after the warm-up: cosine, or constant and then linear (warmup-stable-decay)"
     )
-    warmup_steps: int = option(100, "steps of linear warm-up")
+    warmup_steps: int = option(100, "steps of linear warm-up", usual=True)
     decay_steps: int | None = free(None, "step at which the decay ends; none: train.max_steps")
     decay_fraction: float = option(0.5, "linear: fraction of decay_steps, at their end, in which the rate decays")
     beta1: float = option(0.9, "AdamW: decay of the mean of gradients")
     beta2: float = option(0.99, "AdamW: decay of the mean of squared gradients")
-    weight_decay: float = option(0.1, "AdamW: weight decay of kernels and embeddings; biases and norms have none")
+    weight_decay: float = option(
+        0.1, "AdamW: weight decay of kernels and embeddings; biases and norms have none", usual=True
+    )
     matrix_optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "optimizer of the blocks' kernels; all other parameters have AdamW"
+        "adamw", "optimizer of the blocks' kernels; all other parameters have AdamW", usual=True
     )
     muon_learning_rate: float = remedy(
-        0.02, "Muon: learning rate at the end of the warm-up, with the schedule of learning_rate"
+        0.02, "Muon: learning rate at the end of the warm-up, with the schedule of learning_rate", usual=True
     )
     muon_weight_decay: float = option(0.0, "Muon: weight decay")
     grad_clip: float = remedy(1.0, "clip the gradient to this global norm; 0: no clipping")
@@ -295,29 +306,36 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    max_steps: int = free(2000, "optimizer steps")
+    max_steps: int = free(2000, "optimizer steps", usual=True)
     batch_size: int = option(
-        12, "windows of block_size tokens in one optimizer step, on all devices and in all micro-steps"
+        12, "windows of block_size tokens in one optimizer step, on all devices and in all micro-steps", usual=True
     )
-    accumulate: int = option(1, "gradient accumulation: micro-steps into which a step's batch is split, to save memory")
-    eval_interval: int = free(250, "steps between evaluations")
+    accumulate: int = option(
+        1, "gradient accumulation: micro-steps into which a step's batch is split, to save memory", usual=True
+    )
+    eval_interval: int = free(250, "steps between evaluations", usual=True)
     eval_batches: int = free(
-        0, "validation batches in an evaluation; 0: the whole split, each token once; at most 4 before the first step"
+        0,
+        "validation batches in an evaluation; 0: the whole split, each token once; at most 4 before the first step",
+        usual=True,
     )
-    save_interval: int = free(250, "steps between checkpoints; the last step is always saved")
+    save_interval: int = free(250, "steps between checkpoints; the last step is always saved", usual=True)
     keep_checkpoints: int = free(2, "newest checkpoints that are kept; if one is damaged, --resume uses the one before")
     keep_every: int | None = free(None, "keep for good the checkpoints at multiples of this many steps")
     log_interval: int = free(10, "steps between rows of metrics.csv")
-    patience: int = free(0, "stop after this many evaluations without a better validation loss; 0: never")
+    patience: int = free(0, "stop after this many evaluations without a better validation loss; 0: never", usual=True)
     max_skipped: int = free(
         10, "updates in a row that are skipped because the loss or the gradient is not finite, before the run stops"
     )
-    seed: int = option(1337, "random seed of initialization, batches and dropout")
+    seed: int = option(1337, "random seed of initialization, batches and dropout", usual=True)
     wandb: str | None = free(
-        None, "log to this project of Weights & Biases too; WANDB_MODE=offline: in the run's folder", metavar="PROJECT"
+        None,
+        "log to this project of Weights & Biases too; WANDB_MODE=offline: in the run's folder",
+        metavar="PROJECT",
+        usual=True,
     )
     profile: str | None = free(
-        None, "record a profile of steps A to B, for example 10:13, into the run's folder", metavar="A:B"
+        None, "record a profile of steps A to B, for example 10:13, into the run's folder", metavar="A:B", usual=True
     )
 
     def validate(self) -> None:
@@ -346,13 +364,14 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True)
 class MeshConfig(Section):
-    data: int = free(-1, "devices that split the batch (data parallel); -1: all that remain")
+    data: int = free(-1, "devices that split the batch (data parallel); -1: all that remain", usual=True)
     fsdp: int = free(
         0,
         "devices that split batch, parameters and optimizer state; -1: all that remain; 0: 1, or "
         "all that remain where the state would fill more than half of a device's memory",
+        usual=True,
     )
-    tensor: int = free(1, "devices that split heads, MLP and vocabulary (tensor parallel)")
+    tensor: int = free(1, "devices that split heads, MLP and vocabulary (tensor parallel)", usual=True)
 
     def validate(self) -> None:
         for name in ("data", "fsdp", "tensor"):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gptjax.cli import USUAL, Parser, load_config_file, program
+from gptjax.cli import Parser, load_config_file, program
 from gptjax.config import Config, MeshConfig, Section, option
 from gptjax.errors import one_line_errors
 from gptjax.planning.page import to_json, to_text
@@ -41,7 +41,7 @@ class Arguments(Section):
 
 def main(argv: Sequence[str]) -> None:
     name = program("plan")
-    first, parser = Parser(name, None, add_help=False), Parser(name, __doc__, usual=USUAL)
+    first, parser = Parser(name, None, add_help=False), Parser(name, __doc__, brief=True)
     first.add_fields(Arguments())
     [arguments] = first.parse(argv, Arguments(), strict=False)
     config = load_config_file(Path(arguments.config)) if arguments.config else Config()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from gptjax.cli import USUAL, Parser, load_config_file, program
+from gptjax.cli import Parser, load_config_file, program
 from gptjax.config import Config, Section, option
 from gptjax.errors import UserError
 from gptjax.files import locked
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser(*defaults: Section, add_help: bool = False) -> Parser:
-    parser = Parser(program("train"), __doc__, add_help, USUAL)
+    parser = Parser(program("train"), __doc__, add_help, brief=True)
     for each in defaults:
         parser.add_fields(each)
     return parser

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import gptjax.train
-from gptjax import cli
 from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config, field_metadata, flat
 from gptjax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -259,4 +259,5 @@ def test_help_shows_the_usual_options_and_help_all_the_others(capsys):
     assert "--train.seed N" in usual and "--config PATH" in usual and "{auto,float32,bfloat16,float16}" in usual
     hidden = {"--optimizer.beta1", "--model.rope_theta", "--train.max_skipped"}
     assert all(name not in usual and name in everything for name in hidden) and len(everything) > len(usual)
-    assert all(re.search(rf"--{re.escape(name)}\s", usual) for name in cli.USUAL)
+    named = set(re.findall(r"--([a-z]+\.\w+) ", usual))
+    assert named == {name for name in flat(Config()) if field_metadata(name)["usual"]}
