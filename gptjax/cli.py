@@ -32,7 +32,7 @@ MODEL_HELP = (
 CHECKPOINT_HELP = "of a run: the checkpoint with the best validation loss, or the latest"
 DTYPE_HELP = (
     "of activations, and of weights that are not from a run; int8: weights in int8 (a quarter of float32's "
-    "memory; on some CPUs no faster), activations as with auto; "
+    "memory; on CPUs as fast or faster), activations as with auto; "
     "auto: float32 on CPU, elsewhere the run's own or bfloat16"
 )
 GROUPS = {"": "options", "train": "training"}  # of --help, by the prefix of their options; others have its name

@@ -1,9 +1,10 @@
-"""Coverage-guided fuzzing of one reader: `fuzz.py READER FILE FOLDER OPTIONS`. It fails at an input without one line.
+"""Coverage-guided fuzzing of all readers: `fuzz.py FOLDER OPTIONS`. It fails at an input without one line.
 
-FOLDER holds `seeds`, good files to begin with, and `work`, where the reader finds FILE and what else it reads; OPTIONS
-are libFuzzer's.
+FOLDER holds a good file for each reader, OPTIONS are libFuzzer's. Each reader has a process of its own, forked from
+this one, which has done the imports, and a folder of its own, with the other files beside the one that changes.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,36 +46,58 @@ def lines(path: Path) -> None:
         "".join(document)
 
 
-READERS: dict[str, Callable[[Path], object]] = {
-    "tokens": tokens,
-    "tokenizer": tokenizer,
-    "vocabulary": lambda path: read_vocabulary(path.parent),
-    "run_config": Config.from_json,
-    "environment": lambda path: environment.read(path.parent),
-    "metrics": read_metrics,
-    "documents": lines,
-    "conversations": lambda path: list(read_conversations(path)),
-    "folder": lambda path: open_weights(path.parent),
-    "gguf": open_weights,
-    "side_files": side_files,
+READERS: dict[str, Callable[[Path], object]] = {  # of the file of this name
+    "data.json": tokens,
+    "train.bin": tokens,
+    "text.jsonl": lines,
+    "text.jsonl.gz": lines,
+    "chat.jsonl": lambda path: list(read_conversations(path)),
+    "chat.jsonl.gz": lambda path: list(read_conversations(path)),
+    "tokenizer.json": tokenizer,
+    "tokenizer_config.json": side_files,
+    "merges.txt": lambda path: read_vocabulary(path.parent),
+    "config.json": lambda path: open_weights(path.parent),
+    "model.safetensors": lambda path: open_weights(path.parent),
+    "model.gguf": open_weights,
+    "run.json": Config.from_json,
+    "environment.json": lambda path: environment.read(path.parent),
+    "metrics.csv": read_metrics,
     "topology": lambda path: find_topology(path.read_text(errors="replace")),
 }
 
 
-def main(reader: str, file: str, folder: Path, *options: str) -> None:
+def fuzz(file: str, folder: Path, options: list[str]) -> None:
+    """Give the reader of a file one input after the other; ends the process, with code 0 if there is no finding."""
+    path = folder / "fuzzed" / file / file
+    path.parent.mkdir(parents=True)
+    for beside in folder.glob("*.*"):
+        (path.parent / beside.name).symlink_to(beside)
+    path.unlink(missing_ok=True)
+    seeds = folder / "seeds" / file
+    seeds.mkdir(parents=True)
+    (seeds / file).write_bytes((folder / file).read_bytes())
 
     def one_input(data: bytes) -> None:
-        path = folder / "work" / file
         path.write_bytes(data)
         try:
-            READERS[reader](path)
+            READERS[file](path)
         except UserError as error:
             assert len(str(error).splitlines()) == 1, error
 
-    limits = [f"-artifact_prefix={folder}/", "-rss_limit_mb=0", "-timeout=60"]
-    atheris.Setup([sys.argv[0], *options, *limits, str(folder / "seeds")], one_input)
+    limits = [f"-artifact_prefix={path}.", "-rss_limit_mb=0", "-timeout=60"]
+    atheris.Setup([sys.argv[0], *options, *limits, str(seeds)], one_input)
     atheris.Fuzz()
 
 
+def main(folder: Path, options: list[str]) -> None:
+    for file in READERS:
+        print(f"== {file}", flush=True)
+        child = os.fork()
+        if child == 0:
+            fuzz(file, folder, options)
+        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            sys.exit(code)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
+    main(Path(sys.argv[1]), sys.argv[2:])
