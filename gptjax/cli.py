@@ -87,6 +87,7 @@ class Parser(argparse.ArgumentParser):
                 self._group("help").add_argument("--help-all", action=_HelpAll, help="show all options and exit")
 
     def error(self, message: str) -> NoReturn:
+        """Raise `UserError` with argparse's complaint."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def format_help(self, everything: bool = False) -> str:

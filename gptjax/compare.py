@@ -30,6 +30,8 @@ PROMPTS = shipped("prompts") / "case_study.txt"
 
 @dataclass(frozen=True)
 class Arguments(Section):
+    """The options of `gptjax compare`."""
+
     models: tuple[str, ...] = argument(f"each is {MODEL_HELP}", many=True)
     prompts: str = option(str(PROMPTS), "file of prompts, one on each line", metavar="PATH")
     temperature: tuple[float, ...] = option((0.0, 0.8), "one answer at each; 0: always the likeliest token")
@@ -77,6 +79,7 @@ class Column:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Ask each model each prompt at each temperature, and write both pages."""
     arguments = parse_arguments(program("compare"), __doc__, argv, Arguments())
     host.prepare()
     prompts = arguments.read_prompts()

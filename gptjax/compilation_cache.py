@@ -39,6 +39,7 @@ class ProgramCache:
         return None
 
     def put(self, key: str, value: bytes) -> None:
+        """Write the program with its SHA-256; where that fails there is no file."""
         with contextlib.suppress(OSError), replacing(self._path / f"{key}-cache") as temporary:
             temporary.write_bytes(hashlib.sha256(value).digest() + value)
 

@@ -93,6 +93,8 @@ class Section:
 
 @dataclass(frozen=True)
 class DataConfig(Section):
+    """The text or conversations, their tokenizer, and the order of the batches."""
+
     source: str = free(
         "shakespeare",
         "'shakespeare' (the complete plays, bundled), a UTF-8 text file, a folder of them, a URL, "
@@ -132,6 +134,8 @@ LINEAR_LAYERS = ("query", "key", "value", "out", "up", "gate", "down")
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
+    """The architecture of the model, and how it is computed."""
+
     vocab_size: int = option(0, "size of the vocabulary; 0: the tokenizer's")
     block_size: int = chosen(256, "context length in tokens", usual=True)
     n_layer: int = option(6, "transformer blocks", usual=True)
@@ -245,10 +249,12 @@ class ModelConfig(Section):
 
     @property
     def head_width(self) -> int:
+        """H, the width of an attention head."""
         return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
+        """K, the number of key and value heads."""
         return self.n_kv_head or self.n_head
 
     @property
@@ -258,6 +264,7 @@ class ModelConfig(Section):
 
     @property
     def mlp_features(self) -> int:
+        """F, the width of an MLP's hidden layer."""
         return self.mlp_width or 4 * self.n_embd
 
     @property
@@ -268,6 +275,8 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
+    """AdamW or Muon, and the learning rate's schedule."""
+
     learning_rate: float = remedy(1e-3, "learning rate at the end of the warm-up", usual=True)
     min_learning_rate: float = remedy(1e-4, "learning rate from the end of the decay on", usual=True)
     schedule: Literal["cosine", "linear"] = option(
@@ -306,6 +315,8 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
+    """The steps of a run, and what it evaluates, saves and logs on the way."""
+
     max_steps: int = free(2000, "optimizer steps", usual=True)
     batch_size: int = option(
         12, "windows of block_size tokens in one optimizer step, on all devices and in all micro-steps", usual=True
@@ -364,6 +375,8 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True)
 class MeshConfig(Section):
+    """How many devices each axis of the mesh has."""
+
     data: int = free(-1, "devices that split the batch (data parallel); -1: all that remain", usual=True)
     fsdp: int = free(
         0,
@@ -411,6 +424,7 @@ class Config(Section):
             )
 
     def to_json(self) -> str:
+        """The text of config.json, which `Config.from_dict` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @staticmethod
@@ -446,6 +460,7 @@ SECTIONS = {name: hint for name, hint in typing.get_type_hints(Config).items() i
 
 
 def is_instance(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a config field; an integer is also a float, a bool is neither."""
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
@@ -458,6 +473,7 @@ def is_instance(value: Any, hint: Any) -> bool:
 
 
 def type_name(hint: Any) -> str:
+    """A field's type in words, for errors."""
     if typing.get_origin(hint) is tuple:
         return type_name(typing.get_args(hint)[0])
     names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "none"}

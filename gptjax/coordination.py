@@ -20,6 +20,7 @@ def index() -> int:
 
 
 def count() -> int:
+    """The number of processes, without initializing the devices."""
     return int(_private("num_processes")) if jax.distributed.is_initialized() else 1
 
 
@@ -29,6 +30,7 @@ def address() -> Any:
 
 
 def write(key: str, value: str, overwrite: bool = False) -> None:
+    """Write a key for all processes to read."""
     _private("client.key_value_set")(f"gptjax/{key}", value, allow_overwrite=overwrite)
 
 

@@ -16,6 +16,7 @@ RUNS_ONCE = {"xla_backend_optimization_level": 1}  # compiles in half the time
 
 
 def is_cpu(mesh: Mesh) -> bool:
+    """Whether the devices of the mesh are CPU devices."""
     return mesh.devices.flat[0].platform == "cpu"
 
 

@@ -77,6 +77,7 @@ class LenientOutput:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write the text, or discard it; return the number of its characters."""
         try:
             return self._stream.write(text)
         except OSError:
@@ -84,6 +85,7 @@ class LenientOutput:
             return len(text)
 
     def flush(self) -> None:
+        """Flush the stream, or discard what it holds."""
         try:
             self._stream.flush()
         except OSError:

@@ -29,6 +29,8 @@ _BATCH = 64  # windows or questions that are scored between two steps of the pro
 
 @dataclass(frozen=True)
 class Arguments(Section):
+    """The options of `gptjax evaluate`."""
+
     model: str = argument(MODEL_HELP)
     text: str | None = option(
         None, "file to predict: UTF-8 text, or a .bin file of the model's own tokens", metavar="PATH"
@@ -49,6 +51,7 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
+    """Print the loss of a text and the accuracy on HellaSwag, whichever are asked for."""
     arguments = parse_arguments(program("evaluate"), __doc__, argv, Arguments())
     host.prepare()
     paths = {name: Path(path) for name in ("text", "hellaswag") if (path := getattr(arguments, name))}

@@ -28,6 +28,8 @@ from gptjax.tokenizer import END_OF_TEXT
 
 @dataclass(frozen=True)
 class Arguments(Section):
+    """The options of `gptjax export`."""
+
     source: str = argument(MODEL_HELP)
     folder: str = argument("what to write: a folder that is new or empty, or a new FILE.gguf")
     format: Literal["auto", "huggingface", "gguf", "stablehlo"] = option(
@@ -51,6 +53,7 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
+    """Write a model as a Hugging Face folder, a GGUF file or programs for jax."""
     arguments = parse_arguments(program("export"), __doc__, argv, Arguments())
     folder = Path(arguments.folder).absolute()
     to_file = folder.suffix == ".gguf"

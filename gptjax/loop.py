@@ -63,10 +63,15 @@ class Run(NamedTuple):
 class InitialWeights(Protocol):
     """The weights that a run starts from, as `gptjax.hub.init_from.PretrainedWeights` gives them."""
 
-    def require_fit(self, dataset: Dataset, run_dir: Path, config: ModelConfig) -> None: ...
-    def copy_side_files(self, run_dir: Path) -> None: ...
+    def require_fit(self, dataset: Dataset, run_dir: Path, config: ModelConfig) -> None:
+        """Raise `UserError` if the run's tokenizer or config does not fit the weights."""
+
+    def copy_side_files(self, run_dir: Path) -> None:
+        """Copy into the run what belongs to the weights, such as a chat template."""
+
     @property
-    def load(self) -> Callable[[ModelConfig, Any, int], Any]: ...
+    def load(self) -> Callable[[ModelConfig, Any, int], Any]:
+        """A function that gives the parameters of a model, sharded as asked, from its config and a seed."""
 
 
 def train(

@@ -21,6 +21,7 @@ class LossScale(NamedTuple):
 
     @staticmethod
     def first() -> "LossScale":
+        """The scale of the first step."""
         return LossScale(jnp.float32(FIRST), jnp.int32(0))
 
     def after(self, loss_finite: Bool[Array, ""], gradient_finite: Bool[Array, ""]) -> "LossScale":

@@ -192,6 +192,7 @@ class GPT(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
+        """Make the parameters and layers, as Flax asks a module to."""
         config, init = self.config, nn.initializers.normal(INIT_STD)
         self.token_embedding = parameter(self, "token_embedding", init, (config.padded_vocab_size, config.n_embd))
         if config.position == "learned":

@@ -21,6 +21,8 @@ from gptjax.planning.topology import find_topology
 
 @dataclass(frozen=True)
 class Arguments(Section):
+    """The options of `gptjax plan`."""
+
     config: str | None = option(
         None,
         "Python file that builds a `config`, or the name of one of gptjax's, such as gpt2_124m; none: the defaults",
@@ -40,6 +42,7 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
+    """Print the plan of a run on hardware that need not be here."""
     name = program("plan")
     first, parser = Parser(name, None, add_help=False), Parser(name, __doc__, brief=True)
     first.add_fields(Arguments())

@@ -40,6 +40,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
+        """End a recording that is under way, and write it."""
         if self._recording:
             jax.profiler.stop_trace()
             self._recording = False

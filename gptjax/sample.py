@@ -11,6 +11,8 @@ from gptjax.config import Section, option
 
 @dataclass(frozen=True)
 class Arguments(Section):
+    """The options of `gptjax sample`."""
+
     run: str | None = option(None, f"{MODEL_HELP}; none: the newest run", metavar="MODEL")
     draft: str | None = option(
         None, "a smaller model with the same tokenizer, for speculative decoding", metavar="MODEL"
@@ -69,6 +71,7 @@ class Arguments(Section):
 
 
 def main(argv: Sequence[str]) -> None:
+    """Continue a prompt, or hold a conversation."""
     arguments = parse_arguments(program("sample"), __doc__, argv, Arguments())
     from gptjax import host
     from gptjax.inference import terminal

@@ -21,6 +21,8 @@ MAX_SLOTS = 1024
 
 @dataclass(frozen=True)
 class Arguments(Section):
+    """The options of `gptjax serve`."""
+
     models: tuple[str, ...] = argument(f"each is {MODEL_HELP}", many=True)
     port: int = option(8000, "port to listen at; 0: any that is free")
     host: str = option("127.0.0.1", "address to listen at, such as 0.0.0.0 for all of this machine; needs a key")
@@ -57,10 +59,12 @@ class Arguments(Section):
 
     @property
     def local(self) -> bool:
+        """Whether this machine alone can reach the address."""
         return self.host in ("127.0.0.1", "localhost", "::1")
 
 
 def main(argv: Sequence[str]) -> None:
+    """Serve the models until a signal ends the server."""
     arguments = parse_arguments(program("serve"), __doc__, argv, Arguments())
     key = arguments.key
     try:

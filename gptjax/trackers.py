@@ -40,16 +40,19 @@ class TensorBoard:
             self._write(start + 1, session_log=session)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the scalars of a step, by their names."""
         for name, value in values.items():
             self._write(step, summary=self._make.scalar(name, value))
         self._writer.flush()
 
     def picture(self, step: int, png: Path) -> None:
+        """Write the picture of the losses at this step."""
         image = self._summary.Image(colorspace=4, encoded_image_string=png.read_bytes())
         self._write(step, summary=self._summary(value=[self._summary.Value(tag="loss", image=image)]))
         self._writer.flush()
 
     def samples(self, texts: Mapping[int, str]) -> None:
+        """Write the samples of a run, by the steps of their checkpoints."""
         for step, text in sorted(texts.items()):
             indented = "\n".join(f"    {line}" for line in text.splitlines())  # as code in Markdown, which keeps lines
             self._write(step, summary=self._make.text("sample", indented))
@@ -59,6 +62,7 @@ class TensorBoard:
         self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:
+        """Write what is not written yet."""
         self._writer.close()
 
 
@@ -95,14 +99,18 @@ class WeightsAndBiases:
         print(f"wandb:   {Path(self._run.dir).parent if self._run.offline else self._run.url}", flush=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the scalars of a step, by their names."""
         self._run.log({"step": step, **values})
 
     def picture(self, step: int, png: Path) -> None:
+        """Write the picture of the losses at this step."""
         self._run.log({"step": step, "loss": self._wandb.Image(str(png))})
 
     def samples(self, texts: Mapping[int, str]) -> None:
+        """Write the samples of a run, by the steps of their checkpoints."""
         table = self._wandb.Table(["step", "sample"], [[step, text] for step, text in sorted(texts.items())])
         self._run.log({"samples": table})
 
     def close(self) -> None:
+        """Write what is not written yet."""
         self._run.finish()

@@ -21,6 +21,8 @@ run, cluster = partial(option, group="run"), partial(option, group="cluster")  #
 
 @dataclass(frozen=True)
 class Arguments(Section):
+    """The options of `gptjax train` beside those of the config."""
+
     config: str | None = run(
         None,
         "Python file that builds a `config`, or the name of one of gptjax's, such as shakespeare; none: the defaults",

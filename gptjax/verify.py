@@ -40,6 +40,8 @@ MOST_SHOWN = 3  # differences of one file
 
 @dataclass(frozen=True)
 class Arguments(Section):
+    """The options of `gptjax verify`."""
+
     run: str = argument("folder of a run")
     steps: str | None = option(
         None,
@@ -52,12 +54,15 @@ class Arguments(Section):
 
     @property
     def range(self) -> tuple[int, int] | None:
+        """The steps A and B of `steps`; None if it is not A:B with A < B."""
         first, _, last = (self.steps or "").partition(":")
         known = max(len(first), len(last)) < 16 and first.isdecimal() and last.isdecimal() and int(first) < int(last)
         return (int(first), int(last)) if known else None
 
 
 class Difference(NamedTuple):
+    """A difference between a run's file and what was computed again."""
+
     file: str
     text: str
     relative: float = math.inf  # of numbers
@@ -87,6 +92,7 @@ class Record(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
+    """Verify a run; return 0 if everything agrees, else 1."""
     arguments = parse_arguments(program("verify"), __doc__, argv, Arguments())
     folder = Path(arguments.run)
     if not holds_run(folder):

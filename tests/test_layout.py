@@ -47,3 +47,17 @@ def test_imports_have_no_circle():
 
     for name in FILES:
         visit(name)
+
+
+def test_each_public_function_and_class_has_a_docstring():
+    """The reference of the site shows no others. What a Section's `validate` does, its base class says."""
+    missing = [
+        f"{name}.{inner.name}"
+        for name, path in FILES.items()
+        for outer in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(outer, (ast.Module, ast.ClassDef)) and not getattr(outer, "name", "").startswith("_")
+        for inner in outer.body
+        if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        and not (inner.name.startswith("_") or inner.name == "validate" or ast.get_docstring(inner))
+    ]
+    assert missing == []

@@ -61,9 +61,11 @@ class PackedTokens(Tokens):
         return some[(some & CONTEXT) == 0][:n]
 
     def fingerprint(self) -> str:
+        """Return the fingerprint of the conversations, which do not depend on block_size."""
         return self._tokens.fingerprint()
 
     def files(self) -> dict[Path, np.ndarray]:
+        """Return the entries of each local file."""
         return self._tokens.files()
 
     def summary(self) -> str:

@@ -74,6 +74,7 @@ def chosen(found: Mapping[str, int | None], fits: Callable[[str], object], sourc
 
 
 def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is left out of a corpus."""
     return name.startswith(".") or name == "__MACOSX"
 
 

@@ -64,6 +64,7 @@ class Tokens:
         return self.windows([start], length)[0]
 
     def windows(self, starts: Sequence[int], length: int) -> list[Integer[np.ndarray, " _"]]:
+        """Return `window` for each start; the files behind URLs are read in one round trip."""
         spans = [self._spans(start, min(start + length, len(self))) for start in starts]
         read = iter(self._read(list(itertools.chain(*spans))))
         parts = [list(itertools.islice(read, len(window))) for window in spans]
@@ -109,6 +110,7 @@ class RemoteTokens(Tokens):
         self._index(tuple(sizes), sizes.values(), heads, flat_dtype)
 
     def files(self) -> dict[Path, np.ndarray]:
+        """Return no files: none is local."""
         return {}
 
     def _read(self, spans: Sequence[Span]) -> Sequence[np.ndarray]:

@@ -97,6 +97,7 @@ class Tensor(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Its axes in the checkpoint's order."""
         shape = list(self.places[0].shape[::-1] if self.places[0].transposed else self.places[0].shape)
         shape[self.axis] *= len(self.places)
         return tuple(shape)

@@ -60,6 +60,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
+        """The tokens of a step."""
         return self.config.train.batch_size * self.config.model.block_size
 
     @property
@@ -83,6 +84,7 @@ class Plan:
         return sum(self.seconds.values())
 
     def mfu(self, seconds: float) -> float:
+        """The model FLOPs utilization of a step that takes this long, as a fraction."""
         return self.model_flops / seconds / (self.mesh.size * self.topology.peak.flops)
 
 

@@ -18,6 +18,8 @@ INSTALL = "pip install -e '.[plan]', in an environment of its own"
 
 
 class TPU(NamedTuple):
+    """A kind of TPU: its links, its memory and the slices that there are."""
+
     kind: str  # `device.device_kind`
     link: float  # bytes/s over one link of the torus, one way
     network: float  # bytes/s over a chip's share of its host's network card, one way; 0 where Google states none
@@ -28,6 +30,8 @@ class TPU(NamedTuple):
 
 
 class GPU(NamedTuple):
+    """A kind of GPU: its links, and what XLA's compiler has to know of it."""
+
     kind: str  # `device.device_kind`
     link: float  # bytes/s over all NVLinks, one way
     network: float  # bytes/s over the GPU's network card, one way
@@ -64,6 +68,8 @@ KNOWN = (
 
 
 class Topology(NamedTuple):
+    """Devices that a plan is compiled for, without being here."""
+
     name: str
     hardware: TPU | GPU
     sides: tuple[int, ...]  # of a TPU slice in chips; for GPUs the nodes, and the GPUs in each
@@ -73,10 +79,12 @@ class Topology(NamedTuple):
 
     @property
     def platform(self) -> str:
+        """ "gpu" or "tpu", as JAX names it."""
         return "gpu" if isinstance(self.hardware, GPU) else "tpu"
 
     @property
     def peak(self) -> Peak:
+        """FLOP/s and bytes/s of one device."""
         peak = device_peak(self.hardware.kind)
         assert peak, f"{self.hardware.kind} is not in the table of peaks"
         return peak

@@ -63,10 +63,12 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
+        """The bytes of the body; NaN and infinity, which JSON does not have, raise `ValueError`."""
         return json.dumps(content, allow_nan=False).encode()
 
 
 def error_response(error: ApiError) -> Response:
+    """The error in OpenAI's form, with its status and headers."""
     return Json(error.body(), error.status, error.headers)
 
 
@@ -84,6 +86,7 @@ class Api:
         self._html = PAGE.read_bytes()
 
     def routes(self) -> list[Route]:
+        """The paths, and the endpoint of each."""
         return [
             Route("/", self.page),
             Route("/page.json", self.page_data),
@@ -96,28 +99,36 @@ class Api:
         ]
 
     async def page(self, http: HttpRequest) -> Response:
+        """The page to talk to models."""
         return Response(self._html, headers=page_headers(self._html))
 
     async def page_data(self, http: HttpRequest) -> Response:
+        """What the page shows of the models."""
         return Json(await asyncio.to_thread(page_data, self.models))
 
     async def health(self, http: HttpRequest) -> Response:
+        """Status 200 while all engines run, else 503."""
         ok = all(served.engine.alive for served in self.models)
         return Json({"status": "ok" if ok else "an engine has stopped"}, 200 if ok else 503)
 
     async def show_metrics(self, http: HttpRequest) -> Response:
+        """The metrics in Prometheus's text format."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def list_models(self, http: HttpRequest) -> Response:
+        """All models, as OpenAI's API lists them."""
         return Json({"object": "list", "data": [_model_object(served) for served in self.models]})
 
     async def one_model(self, http: HttpRequest) -> Response:
+        """The model that the path names."""
         return Json(_model_object(self.find(http.path_params["name"])))
 
     async def chat(self, http: HttpRequest) -> Response:
+        """The next message of a conversation."""
         return await self._answer(http, chat=True)
 
     async def complete(self, http: HttpRequest) -> Response:
+        """Continuations of prompts."""
         return await self._answer(http, chat=False)
 
     def find(self, name: str | None) -> Served:

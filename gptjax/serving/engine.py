@@ -133,6 +133,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name=f"engine of {model.name}", daemon=True)
 
     def start(self) -> None:
+        """Start the thread that answers requests."""
         self._thread.start()
 
     def submit(self, requests: Sequence[Request], deliver: Sequence[Callable[[Piece], None]]) -> list[Ticket]:
@@ -167,10 +168,12 @@ class Engine:
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     @property
     def n_slots(self) -> int:
+        """The requests that are answered at once."""
         return len(self._slots)
 
     @property
@@ -186,10 +189,12 @@ class Engine:
 
     @property
     def n_waiting(self) -> int:
+        """The requests that wait for a slot."""
         return len(self._queue)
 
     @property
     def n_in_use(self) -> int:
+        """The slots that hold a request."""
         return sum(slot.ticket is not None for slot in self._slots)
 
     def _run(self) -> None:

@@ -75,6 +75,7 @@ class Call:
 
     @property
     def chat(self) -> bool:
+        """Whether the next message of a conversation is asked for."""
         return self.messages is not None
 
 

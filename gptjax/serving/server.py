@@ -60,10 +60,12 @@ class Protocol(H11Protocol):
     """HTTP/1.1 that closes a connection which brings no request in time."""
 
     def connection_made(self, transport: Any) -> None:
+        """Begin to wait for the first request."""
         super().connection_made(transport)
         self._wait()
 
     def data_received(self, data: bytes) -> None:
+        """Read a part of a request; after its response wait for the next."""
         super().data_received(data)
         if (self.cycle is None or self.cycle.response_complete) and self.timeout_keep_alive_task is None:
             self._wait()
