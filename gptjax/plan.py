@@ -28,7 +28,9 @@ class Arguments(Section):
         "Python file that builds a `config`, or the name of one of gptjax's, such as gpt2_124m; none: the defaults",
         metavar="PATH",
     )
-    topology: str = option("v5e:4x4", "as v5e:4x4, v5e-16, v5e:16x16x2 (two slices), h100:8, h100:2x8 (nodes x GPUs)")
+    topology: str = option(
+        "v5e:4x4", "as v5e:4x4, v5e-16, v5e:16x16x2 (two slices), h100:8, h100:2x8 (nodes x GPUs), rtx4090:1"
+    )
     mesh: str | None = option(None, "data x fsdp x tensor, as 1x16x1; none: the mesh fields below")
     price: float | None = option(None, "dollars per chip-hour")
     search: bool = option(False, "try micro-batches, remat and meshes, and recommend the fastest that fits")

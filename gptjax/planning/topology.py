@@ -1,4 +1,4 @@
-"""Finds hardware by name for compilers that run without it: v5e:4x4, v5e-16, v5e:16x16x2, h100:8, h100:2x8."""
+"""Finds hardware by name for compilers that run without it: v5e:4x4, v5e-16, v5e:16x16x2, h100:2x8, rtx4090:1."""
 
 import importlib.util
 import math
@@ -33,8 +33,8 @@ class GPU(NamedTuple):
     """A kind of GPU: its links, and what XLA's compiler has to know of it."""
 
     kind: str  # `device.device_kind`
-    link: float  # bytes/s over all NVLinks, one way
-    network: float  # bytes/s over the GPU's network card, one way
+    link: float  # bytes/s over all NVLinks, or else over PCI Express, one way
+    network: float  # bytes/s over the GPU's network card, one way; 0: one node only
     # As `cudaGetDeviceProperties` gives them, for XLA's `gpu_device_info`:
     capability: tuple[int, int]
     cores: int
@@ -43,6 +43,7 @@ class GPU(NamedTuple):
     l2: int
     gigahertz: float
     memory: int  # bytes
+    threads: int = 2048  # of a core
 
 
 # link: Google's pages (flops.py) state all links of a chip, both ways, for v5e, v5p and v6e, and one way for v4.
@@ -54,16 +55,26 @@ TPUS = {
     "v5p": TPU("TPU v5", 1200e9 / 2 / 6, 50e9 / 8, 95.74, (16, 20, 28), 2, {}),
     "v6e": TPU("TPU v6 lite", 800e9 / 2 / 4, 25.6e12 / 8 / 256, 31.25, (16, 16), 1, {}),
 }
+PCIE_4 = 16e9 * 16 * 128 / 130 / 8
 # link: the datasheets, which state both ways. network: the user guides of DGX A100, H100, H200 and B200.
 GPUS = {
     "a100": GPU("NVIDIA A100-SXM4-80GB", 300e9, 25e9, (8, 0), 108, 64, (164, 163), 41_943_040, 1.41, 85_100_068_864),
     "h100": GPU("NVIDIA H100 80GB HBM3", 450e9, 50e9, (9, 0), 132, 128, (228, 227), 52_428_800, 1.98, 84_942_979_072),
     "h200": GPU("NVIDIA H200", 450e9, 50e9, (9, 0), 132, 128, (228, 227), 52_428_800, 1.98, 151_397_597_184),
     "b200": GPU("NVIDIA B200", 900e9, 50e9, (10, 0), 148, 128, (228, 227), 132_644_864, 1.965, 191_514_411_008),
+    # link: PCI Express 4.0 x16, 16 GT/s a lane with 128 of 130 bits; the bridge between two RTX 3090s is not counted.
+    "l4": GPU("NVIDIA L4", PCIE_4, 0.0, (8, 9), 58, 128, (100, 99), 50_331_648, 2.04, 23_612_293_120, 1536),
+    "l40s": GPU("NVIDIA L40S", PCIE_4, 0.0, (8, 9), 142, 128, (100, 99), 100_663_296, 2.52, 47_576_711_168, 1536),
+    "rtx3090": GPU(
+        "NVIDIA GeForce RTX 3090", PCIE_4, 0.0, (8, 6), 82, 128, (100, 99), 6_291_456, 1.695, 25_286_672_384, 1536
+    ),
+    "rtx4090": GPU(
+        "NVIDIA GeForce RTX 4090", PCIE_4, 0.0, (8, 9), 128, 128, (100, 99), 75_497_472, 2.52, 25_386_352_640, 1536
+    ),
 }
 KNOWN = (
     "TPU slices as v5e:4x4, v5e-16 or, two of them, v5e:16x16x2 (v4, v5e, v5p, v6e), "
-    "GPUs as h100:8 or h100:2x8 (a100, h100, h200, b200)"
+    f"GPUs as h100:8, h100:2x8 or rtx4090:1 ({', '.join(GPUS)})"
 )
 
 
@@ -125,7 +136,10 @@ def find_topology(name: str) -> Topology:
         sides = slice_sides(tpu, sizes) if "-" in name or len(sizes) == 1 else sizes
         return _find_tpu(name, family, sides, slices)
     if family in GPUS and 1 <= len(sizes) <= 2 and min(sizes) > 0:
-        return _find_gpu(family, *(1, *sizes)[-2:])
+        nodes, per_node = (1, *sizes)[-2:]
+        if nodes > 1 and not GPUS[family].network:
+            raise UserError(f"topology={name!r}: {family} has no network that a plan knows; known are {KNOWN}")
+        return _find_gpu(family, nodes, per_node)
     raise UserError(f"topology={name!r} is not known; known are {KNOWN}")
 
 
@@ -188,7 +202,7 @@ def _target_config(gpu: GPU) -> str:
     assert peak
     return f"""
         gpu_device_info {{
-            threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+            threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {gpu.threads}
             registers_per_core_limit: 65536 registers_per_block_limit: 65536
             block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
             shared_memory_per_block: {48 << 10} shared_memory_per_core: {shared << 10}

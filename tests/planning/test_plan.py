@@ -55,7 +55,8 @@ def test_hardware_has_product_names_and_a_peak():
 
 
 @pytest.mark.parametrize(
-    "name", ["v7:4", "v5e", "v5e:32x32", "v5e:4x4x0", "v4:2x2x1x2", "v5p:4x4", "h100:0", "a10:8", "v5e-12"]
+    "name",
+    ["v7:4", "v5e", "v5e:32x32", "v5e:4x4x0", "v4:2x2x1x2", "v5p:4x4", "h100:0", "a10:8", "v5e-12", "rtx4090:2x1"],
 )
 def test_an_unknown_topology_is_one_line(name):
     with pytest.raises(UserError, match=re.escape(repr(name))) as raised:
@@ -86,6 +87,32 @@ def test_gpus_of_several_nodes_share_their_network():
     assert (topology.bandwidth(nodes[0]), topology.bandwidth([nodes[0][0], nodes[1][0]])) == (450e9, 50e9)
     # An all-gather of S bytes brings each GPU 15/16 S, and each node S/2 over its eight network cards.
     assert topology.bandwidth(nodes[0] + nodes[1]) == min(450e9, 50e9 * 15)
+
+
+@pytest.mark.parametrize(
+    ("family", "capability", "tera_fp32", "dtype"),
+    # FP32 TFLOP/s of the vendor's data sheets and white papers: cores x units x 2 x clock.
+    [
+        ("a100", (8, 0), 19.5, "bfloat16"),
+        ("h100", (9, 0), 67, "bfloat16"),
+        ("l4", (8, 9), 30.3, "bfloat16"),
+        ("l40s", (8, 9), 91.6, "bfloat16"),
+        ("rtx3090", (8, 6), 35.6, "bfloat16"),
+        ("rtx4090", (8, 9), 82.6, "bfloat16"),
+    ],
+)
+def test_gpus_have_their_datasheets_figures(family, capability, tera_fp32, dtype):
+    gpu, peak = GPUS[family], Topology("", GPUS[family], (1, 1), 0, []).peak
+    assert gpu.capability == capability and 0.9 < gpu.memory / peak.memory <= 1.0
+    assert gpu.cores * gpu.fpus * 2 * gpu.gigahertz * 1e9 == pytest.approx(tera_fp32 * 1e12, rel=0.01)
+    nvidia = SimpleNamespace(platform="gpu", compute_capability="{}.{}".format(*capability), device_kind=gpu.kind)
+    model = resolve(GPT2.model, nvidia)
+    assert (model.dtype, model.attention) == (dtype, "cudnn")
+
+
+def test_cards_of_one_node_talk_over_pci_express():
+    devices = [SimpleNamespace(process_index=0) for _ in range(2)]
+    assert Topology("", GPUS["rtx4090"], (1, 2), 0, []).bandwidth(devices) == pytest.approx(31.5e9, rel=0.01)
 
 
 def test_slices_share_the_network_of_their_chips():
