@@ -108,6 +108,7 @@ EXCEPTIONS = {
     "python train.py --config configs/finetune_shakespeare.py --model.lora_rank ...": NETWORK,
     "python -m gptjax.data tokenize 'hf://...": NETWORK,
     "python train.py --config configs/gpt2_124m.py --data.source data/openwebtext": "needs OpenWebText",
+    "python train.py --config configs/gpt2_124m_10b.py": "needs FineWeb-Edu",
     "python train.py --config configs/gpt2_124m.py --data.source gs://...": CLOUD,
     "curl ...": "needs a server: tests/serving/test_serving_docs.py",
     "python -m gptjax.serve ...": SERVER,
