@@ -26,7 +26,7 @@ class Runs:
     """Runs of one config in a folder, each a process that `starter.py` forks."""
 
     def __init__(self, folder, state_of):
-        self.folder, self.state_of = folder, state_of
+        self.folder, self.state_of, self.wholes = folder, state_of, dict[int, str]()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         command = [sys.executable, str(Path(__file__).with_name("starter.py"))]
@@ -53,6 +53,15 @@ class Runs:
         path = self.folder / name / "metrics.csv"
         return max(read_metrics(path)["step"], default=0) if path.exists() else 0
 
+    def whole(self, n_steps):
+        """The name of a run of so many steps without a fault, whose saves and evaluations change no result."""
+        if n_steps not in self.wholes:
+            self.wholes[n_steps] = name = f"whole{n_steps}"
+            options = ["--train.save_interval", 10_000, "--train.eval_interval", 10_000]
+            self.begin(name, "--train.max_steps", n_steps, *options)
+            assert self.end() == 0
+        return self.wholes[n_steps]
+
     def assert_same_state(self, name, other):
         (step, trees), (other_step, others) = [self.state_of(self.folder / run) for run in (name, other)]
         assert step == other_step and jax.tree.all(jax.tree.map(np.array_equal, trees, others))
@@ -68,14 +77,6 @@ def runs(tmp_path_factory, state_of):
         runs.starter.stdin.close()
 
 
-def whole(runs, n_steps):
-    """The name of a run of so many steps without a fault, whose saves and evaluations change no result."""
-    name = f"whole{n_steps}"
-    runs.begin(name, "--train.max_steps", n_steps, "--train.save_interval", 10_000, "--train.eval_interval", 10_000)
-    assert runs.end() == 0
-    return name
-
-
 MOMENTS = {  # what is there while a run does it
     "saving": "checkpoints/latest/*.orbax-checkpoint-tmp",
     "saving the best": "checkpoints/best/*.orbax-checkpoint-tmp",
@@ -85,12 +86,12 @@ MOMENTS = {  # what is there while a run does it
 
 
 @pytest.mark.parametrize(
-    ("n_kills", "n_steps"), [(20, 400), pytest.param(100, 1500, marks=pytest.mark.slow)], ids=["20", "100"]
+    ("n_kills", "n_steps"), [(20, 400), pytest.param(100, 1500, marks=pytest.mark.endurance)], ids=["20", "100"]
 )
 def test_kills_cost_no_more_than_the_steps_since_the_last_save(runs, n_kills, n_steps):
     """If the last save is under way, the last complete one is at most one more interval older."""
     name, chance, lost = f"killed{n_kills}", random.Random(n_kills), []
-    reference, run_dir = whole(runs, n_steps), runs.folder / name
+    reference, run_dir = runs.whole(n_steps), runs.folder / name
     for i in range(n_kills):
         process = runs.begin(name, "--train.max_steps", n_steps)
         before, moment = runs.steps(name), list(MOMENTS.values())[i % len(MOMENTS)]
@@ -132,11 +133,12 @@ def send(number):
     return lambda run_dir, process: os.kill(process, number)
 
 
+NO_LOGS = "metrics.csv and TensorBoard's events are removed"
 FAULTS = {
     "SIGTERM": (send(signal.SIGTERM), 128 + signal.SIGTERM),
     "SIGINT": (send(signal.SIGINT), 128 + signal.SIGINT),
     "SIGHUP": (send(signal.SIGHUP), 128 + signal.SIGHUP),
-    "metrics.csv and TensorBoard's events are removed": (remove("metrics.csv", "tensorboard"), 0),
+    NO_LOGS: (remove("metrics.csv", "tensorboard"), 0),
     "config.json and tokenizer.json are removed": (remove("config.json", "tokenizer.json"), 0),
     "the picture cannot be drawn": (block("loss.png"), 0),
     "all checkpoints are removed": (remove("checkpoints"), 2),
@@ -144,8 +146,9 @@ FAULTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("output", [None, "/dev/full"])
+@pytest.mark.parametrize(
+    ("fault", "output"), [*((fault, None) for fault in FAULTS), ("SIGTERM", "/dev/full"), (NO_LOGS, "/dev/full")]
+)
 def test_a_disturbed_run_goes_on_or_saves_and_ends_alike(runs, fault, output):
     disturb, code = FAULTS[fault]
     name = f"fault{list(FAULTS).index(fault)}{bool(output)}"
@@ -157,4 +160,4 @@ def test_a_disturbed_run_goes_on_or_saves_and_ends_alike(runs, fault, output):
     assert output or "Traceback" not in log.read_text()
     runs.begin(name, "--train.max_steps", 200)
     assert runs.end() == 0
-    runs.assert_same_state(name, whole(runs, 200))
+    runs.assert_same_state(name, runs.whole(200))

@@ -166,10 +166,10 @@ def load(running, n, seed):
     running.wait_until_idle()
 
 
-@pytest.mark.parametrize("n", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [100, pytest.param(10_000, marks=pytest.mark.endurance)])
 def test_many_requests_leak_no_slot_and_no_memory(start, n):
     running = start(names=("base", "instruct"))
-    load(running, max(100, n // 4), seed=0)
+    load(running, max(100, n // 20), seed=0)
     before = resident()
     load(running, n, seed=10**6)
     assert resident() - before < 40 << 20
