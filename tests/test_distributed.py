@@ -122,15 +122,14 @@ def alone(folder):
     return train(folder, 1, "alone")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "options", "cpu_devices"),
     [
-        (1, [], 8),
-        (2, [], 1),
-        (2, ["--mesh.fsdp", "4", "--mesh.tensor", "2"], 4),
-        (4, ["--mesh.fsdp", "2", "--mesh.tensor", "2"], 1),
-        (4, ["--train.accumulate", "2"], 1),
+        pytest.param(1, [], 8, marks=pytest.mark.endurance),
+        pytest.param(2, [], 1, marks=pytest.mark.endurance),
+        pytest.param(2, ["--mesh.fsdp", "4", "--mesh.tensor", "2"], 4, marks=pytest.mark.slow),
+        pytest.param(4, ["--mesh.fsdp", "2", "--mesh.tensor", "2"], 1, marks=pytest.mark.endurance),
+        pytest.param(4, ["--train.accumulate", "2"], 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_config_trains_alike_with_any_number_of_processes_and_devices(folder, alone, n, options, cpu_devices):
@@ -142,8 +141,9 @@ def test_a_config_trains_alike_with_any_number_of_processes_and_devices(folder, 
     assert "## Sample" in (folder / name / "report.md").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("asked", [[0, 1], [1]])
+@pytest.mark.parametrize(
+    "asked", [pytest.param([0, 1], marks=pytest.mark.endurance), pytest.param([1], marks=pytest.mark.slow)]
+)
 def test_all_processes_stop_after_the_same_step_and_resume_bit_for_bit(folder, asked, state_of):
     options = "--train.max_steps 120 --train.save_interval 50 --model.dropout 0.1 --mesh.fsdp 2".split()
     whole, parts = [folder / f"{name}{sum(asked)}{len(asked)}" for name in ("whole", "parts")]
