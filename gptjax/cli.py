@@ -24,6 +24,7 @@ from gptjax.files import shipped
 Options = TypeVar("Options")
 Dtype = Literal["auto", "float32", "bfloat16", "int8"]
 Which = Literal["best", "latest"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 # The help texts of the commands that load a model.
 MODEL_HELP = (
     "a run's folder, a Hugging Face folder, a model's name on the Hugging Face hub, a GGUF file, "

@@ -4,26 +4,17 @@ A folder is for transformers, and a .gguf file for llama.cpp. With --format stab
 programs, for CPU, GPU and TPU, and an example that runs them with jax alone.
 """
 
-import json
-import secrets
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from gptjax.cli import MODEL_HELP, parse_arguments, program
+from gptjax.cli import MODEL_HELP, GgufType, parse_arguments, program
 from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
-from gptjax.hub.export import export
-from gptjax.hub.families import family_of
-from gptjax.hub.gguf_export import GgufType, export_gguf
-from gptjax.hub.gguf_tokenizer import tokenizer_fields
-from gptjax.hub.weights import copy_side_files
-from gptjax.inference.language_model import LanguageModel
-from gptjax.inference.stablehlo import export_programs
-from gptjax.tokenizer import END_OF_TEXT
+
+# What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
 
 
 @dataclass(frozen=True)
@@ -55,53 +46,21 @@ class Arguments(Section):
 def main(argv: Sequence[str]) -> None:
     """Write a model as a Hugging Face folder, a GGUF file or programs for jax."""
     arguments = parse_arguments(program("export"), __doc__, argv, Arguments())
+    from gptjax.inference.export import write_folder, write_gguf
+    from gptjax.inference.language_model import LanguageModel
+
     folder = Path(arguments.folder).absolute()
     to_file = folder.suffix == ".gguf"
     if folder.exists() and (to_file or not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: name a folder that is not")
     model = LanguageModel.load(arguments.source, arguments.checkpoint, "float32")
     if to_file:
-        _write_gguf(folder, model, arguments.type)
-        return
-    programs = arguments.format == "stablehlo"
-    family = "programs of prefill and decode" if programs else family_of(model.config)
-    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-    temporary.mkdir(parents=True)
-    try:
-        _write_side_files(temporary, model)
-        if programs:
-            export_programs(temporary, model.config, model.params)
-        else:
-            export(temporary, model.config, model.params, arguments.dtype)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    print(f"wrote {folder}: {family}, {model.n_params:,} parameters in {arguments.dtype}")
-
-
-def _write_gguf(path: Path, model: LanguageModel, kind: GgufType) -> None:
-    tokens = (model.tokenizer, model.config.vocab_size, model.special_tokens, model.stop_tokens)
-    template = {"tokenizer.chat_template": model.template} if model.template else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    export_gguf(path, model.config, model.params, kind, tokenizer_fields(*tokens) | template)
-    print(f"wrote {path}: {model.n_params:,} parameters in {kind}, {path.stat().st_size / 2**20:.1f} MiB")
-
-
-def _write_side_files(folder: Path, model: LanguageModel) -> None:
-    """The tokenizer, its settings, the chat template and the stop tokens: the model's own files where it has them."""
-    model.tokenizer.save(folder / "tokenizer.json")
-    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.block_size}
-    end = {} if model.tokenizer.end_of_text is None else {"eos_token": END_OF_TEXT}
-    defaults: dict[str, dict[str, Any]] = {
-        "tokenizer_config.json": tokenizer | end | {"clean_up_tokenization_spaces": False},
-        "generation_config.json": {"eos_token_id": sorted(model.stop_tokens)} if model.stop_tokens else {},
-    }
-    copy_side_files(model.folder, folder)
-    for name, values in defaults.items():
-        if not (folder / name).exists():
-            (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+        write_gguf(folder, model, arguments.type)
+        what = f"{model.n_params:,} parameters in {arguments.type}, {folder.stat().st_size / 2**20:.1f} MiB"
+    else:
+        family = write_folder(folder, model, None if arguments.format == "stablehlo" else arguments.dtype)
+        what = f"{family}, {model.n_params:,} parameters in {arguments.dtype}"
+    print(f"wrote {folder}: {what}")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ from pathlib import Path
 from gptjax.cli import Parser, load_config_file, program
 from gptjax.config import Config, MeshConfig, Section, option
 from gptjax.errors import one_line_errors
-from gptjax.planning.page import to_json, to_text
-from gptjax.planning.plan import complete_config, make_plan, search
-from gptjax.planning.topology import find_topology
+
+# What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_fields(arguments)
     parser.add_fields(config)
     arguments, config = parser.parse(argv, arguments, config)
+    from gptjax.planning.page import to_json, to_text
+    from gptjax.planning.plan import complete_config, make_plan, search
+    from gptjax.planning.topology import find_topology
+
     topology = find_topology(arguments.topology)
     config = complete_config(config, topology.devices[0])
     if arguments.mesh:

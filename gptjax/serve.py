@@ -13,7 +13,8 @@ from gptjax import host
 from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, Which, parse_arguments, program
 from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
-from gptjax.inference.language_model import LanguageModel
+
+# What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
 
 KEY_VARIABLE = "GPTJAX_API_KEY"
 MAX_SLOTS = 1024
@@ -67,6 +68,8 @@ def main(argv: Sequence[str]) -> None:
     """Serve the models until a signal ends the server."""
     arguments = parse_arguments(program("serve"), __doc__, argv, Arguments())
     key = arguments.key
+    from gptjax.inference.language_model import LanguageModel
+
     try:
         from gptjax.serving.api import create_app
         from gptjax.serving.engine import Engine

@@ -14,7 +14,6 @@ import pytest
 import scipy.special
 from test_evaluate import bigram
 
-from gptjax import compare
 from gptjax.chat import sandbox
 from gptjax.chat import template as chat
 from gptjax.checkpoint import Checkpoints
@@ -22,6 +21,7 @@ from gptjax.compare import Arguments, main
 from gptjax.config import Config, ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.hub.export import export
+from gptjax.inference import comparison
 from gptjax.inference.language_model import Answer, LanguageModel
 from gptjax.model import GPT
 from gptjax.tokenizer import Tokenizer
@@ -244,8 +244,7 @@ def test_a_seed_is_an_answer_but_not_at_temperature_0(run):
     model = LanguageModel.load(str(run))
 
     def answer(temperature, seed):
-        arguments = Arguments(models=(str(run),), seed=seed, max_new_tokens=N_NEW)
-        reply = compare.reply(model, NASTY, temperature, arguments)
+        reply = comparison.reply(model, NASTY, temperature, N_NEW, None, seed)
         assert reply.tokens_per_second > 0 and len(reply.answer.tokens) == N_NEW
         return reply.answer.text
 
@@ -254,8 +253,7 @@ def test_a_seed_is_an_answer_but_not_at_temperature_0(run):
 
 def test_a_system_prompt_is_for_chat_models(instruct, run):
     for folder, prompt in ((instruct, "[s]be brief[u]a b[b]"), (run, "a b")):
-        arguments = Arguments(models=(str(folder),), system="be brief", max_new_tokens=N_NEW)
-        answer = compare.reply(LanguageModel.load(str(folder)), "a b", 0.0, arguments).answer
+        answer = comparison.reply(LanguageModel.load(str(folder)), "a b", 0.0, N_NEW, "be brief", 0).answer
         assert answer.text == greedy(folder, prompt)
 
 
@@ -287,7 +285,7 @@ def test_the_default_prompts_are_a_file_of_the_project():
 
 @pytest.mark.parametrize("text", ["a\n```\nb", "\n````\n\n", "a ` b `` c", ""])
 def test_a_fence_ends_where_the_answer_does(text):
-    answer = compare.Reply(Answer(text, [1], [-1.0]), 1.0)
-    column = compare.Column("name", {"asked as": "a chat"}, None, {("prompt", 0.5): answer}, {})
-    assert read_markdown(compare.to_markdown([column], ["prompt"], [0.5]))[1] == {("prompt", "name", "0.5"): text}
-    assert texts(ElementTree.fromstring(compare.to_html([column], ["prompt"], [0.5])), "pre") == [text]
+    answer = comparison.Reply(Answer(text, [1], [-1.0]), 1.0)
+    column = comparison.Column("name", {"asked as": "a chat"}, None, {("prompt", 0.5): answer}, {})
+    assert read_markdown(comparison.to_markdown([column], ["prompt"], [0.5]))[1] == {("prompt", "name", "0.5"): text}
+    assert texts(ElementTree.fromstring(comparison.to_html([column], ["prompt"], [0.5])), "pre") == [text]

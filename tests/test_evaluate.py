@@ -16,8 +16,9 @@ from gptjax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from gptjax.data.prepare import Dataset
 from gptjax.data.token_files import Tokens, write_tokens
 from gptjax.errors import UserError
-from gptjax.evaluate import hellaswag, main, read_tokens, text_loss
+from gptjax.evaluate import main
 from gptjax.hub.export import export
+from gptjax.inference.evaluation import hellaswag, read_tokens, text_loss
 from gptjax.inference.language_model import LanguageModel
 from gptjax.loop import Run, validation_loss
 from gptjax.model import GPT

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import gptjax.train
+from gptjax.__main__ import COMMANDS
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, field_metadata, flat
 from gptjax.errors import UserError
@@ -233,7 +234,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(folder, tmp_pat
     assert "the disk is full" in err and left == 8
 
 
-@pytest.mark.parametrize("command", ["train", "sample"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_and_a_mistaken_option_do_not_wait_for_jax(command):
     program = "import sys\nfrom gptjax.__main__ import main\nimport atexit\n"
     program += "atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr))\nmain()"

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from gptjax.cli import GgufType
 from gptjax.config import ModelConfig
 from gptjax.files import replacing
 from gptjax.hub.export import gather, rounded
@@ -24,8 +25,6 @@ from gptjax.hub.gguf import (
     tensor_names,
 )
 from gptjax.hub.weights import merge_lora
-
-GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
 def export_gguf(path: Path, config: ModelConfig, params: Any, kind: GgufType, fields: Mapping[str, Any]) -> None:

@@ -16,10 +16,10 @@ from gptjax import host, loop, report
 from gptjax.config import Config, ModelConfig
 from gptjax.data.prepare import load_dataset
 from gptjax.errors import UserError
-from gptjax.evaluate import text_loss
 from gptjax.hub.export import export
 from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import SIDE_FILES
+from gptjax.inference.evaluation import text_loss
 from gptjax.inference.language_model import LanguageModel
 from gptjax.report import read_metrics
 from gptjax.tokenizer import Tokenizer
