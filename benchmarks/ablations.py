@@ -61,6 +61,7 @@ def train(config: Config, tokens: np.ndarray, held_out: np.ndarray) -> tuple[flo
 
     for step in range(config.train.max_steps):
         given = {"block_size": length, "batch_size": rows, "seed": config.train.seed, "step": step}
+        given["order"] = config.data.order
         batch = windows(tokens, batches.starts(len(tokens), **given))
         start = time.perf_counter()
         state, metrics = steps.train(state, batch)

@@ -3,7 +3,7 @@
     python train.py --config configs/gpt2_124m_muon.py
 
 RMSNorm without weights, rotary positions, normalized queries and keys, squared ReLU, 6 heads of 128, no biases; the
-head stays tied, so the model has no more parameters. Not yet run at this size: docs/performance.md has the losses of
+head stays tied, so the model has no more parameters. Not yet run; `python -m benchmarks.recipes` compares the losses of
 both recipes on the plays, at a tenth of the parameters. The closest published run is modded-nanogpt's of 14 October
 2024, whose README states 15.2 minutes on 8 H100s to a loss of 3.28 on FineWeb; it has 5,100 steps of 0.5M tokens
 (--train.max_steps 5100). Learning rates and their linear decay are near those of that run.

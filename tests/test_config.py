@@ -164,6 +164,27 @@ def test_every_shipped_config_loads_and_has_its_command():
         assert f"python train.py --config configs/{path.name}" in docstring, path
 
 
+def test_recipes_that_are_compared_have_one_budget(monkeypatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(str(root))
+    from benchmarks.recipes import BASELINE, MODERN, parameters, scaled
+
+    recipes = [load_config_file(root / "configs" / f"{name}.py") for name in (BASELINE, MODERN)]
+    assert recipes[0].data == recipes[1].data and recipes[0].train == recipes[1].train
+    train, model = recipes[0].train, dataclasses.replace(recipes[0].model, vocab_size=50257)
+    # FineWeb-Edu's sample/10BT has 9,953,989,344 of GPT-2's tokens, of which 0.05% are for validation.
+    assert 0.99 < train.max_steps * train.batch_size * model.block_size / (0.9995 * 9_953_989_344) <= 1
+    assert parameters(dataclasses.replace(recipes[0], model=model)) == 124_475_904  # GPT-2's, in 50,304 rows
+    small = [scaled(config, 200, 8) for config in recipes]
+    sizes = [parameters(config) for config in small]
+    assert min(sizes) > 0.98 * max(sizes) > 1e7 and small[0].train == small[1].train and small[0].data == small[1].data
+    for config, made in zip(recipes, small, strict=True):
+        found, kept = flat(made), flat(config)
+        changed = {name for name in found if name.startswith(("model.", "optimizer.")) and found[name] != kept[name]}
+        halved = {f"model.{name}" for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dtype")}
+        assert changed - {"optimizer.warmup_steps"} == halved
+
+
 def test_large_vocabularies_are_padded_to_multiples_of_128():
     for vocab_size, padded in ((65, 65), (1023, 1023), (1024, 1024), (1025, 1152), (50257, 50304)):
         assert ModelConfig(vocab_size=vocab_size).padded_vocab_size == padded
