@@ -36,5 +36,5 @@ config = Config(
         matrix_optimizer="muon",
         muon_learning_rate=0.05,
     ),
-    train=TrainConfig(max_steps=400, batch_size=32, eval_interval=50, eval_batches=10, save_interval=50),
+    train=TrainConfig(max_steps=360, batch_size=32, eval_interval=40, eval_batches=10, save_interval=40),
 )
