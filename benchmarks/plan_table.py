@@ -15,11 +15,23 @@ from benchmarks.page import splice
 from benchmarks.paired import ROOT
 
 PLANS = ROOT / "benchmarks" / "plans.jsonl"
+# Hardware for ten billion tokens: micro-steps of 8 to 32 windows a chip, and dollars per chip-hour (docs/plan.md).
+AFFORDABLE = (
+    "--topology v5e-8 --train.accumulate 8 --price 1.2",
+    "--topology v6e-8 --train.accumulate 4 --price 2.7",
+    "--topology h100:8 --train.accumulate 2 --price 2.69",
+    "--topology rtx4090:1 --train.accumulate 32 --price 0.34",
+)
 ROWS = (
     "--config configs/gpt2_124m.py --topology v5e:4x4",
     "--config configs/llama_7b.py --topology v5p:4x4x4 --mesh 4x16x1",
+    *(f"--config configs/gpt2_124m_10b.py {hardware}" for hardware in AFFORDABLE),
+    *(f"--config configs/gpt2_124m_muon.py {hardware}" for hardware in AFFORDABLE),
 )
-HEADS = "config | chips | mesh | micro-steps, remat | HBM, GiB | step, ms | k tokens/s | MFU | chip-hours | links, GB"
+HEADS = (
+    "config | chips | mesh | micro-steps, remat | HBM, GiB | step, ms | k tokens/s | MFU | hours | chip-hours | cost "
+    "| links, GB"
+)
 
 
 def plan(options: str) -> dict[str, Any]:
@@ -38,13 +50,16 @@ def row(made: dict[str, Any]) -> str:
     memory = f"{made['hbm_bytes'] / 2**30:.1f} of {made['hbm_capacity_bytes'] / 2**30:.1f}"
     start = f"| {name} | {made['topology']} | {mesh} | {micro} | {memory} |"
     if not made["fits"]:
-        return f"{start} does not fit | | | | |"
+        return f"{start} does not fit | | | | | | |"
     bound = max(made["seconds"], key=lambda name: made["seconds"][name])
+    least, most = made["run"], made["run_serial"]
     pairs = [
         f"{made['roofline_seconds'] * 1e3:,.0f} to {made['serial_seconds'] * 1e3:,.0f}, {bound}",
         f"{made['tokens_per_second'] / 1e3:,.0f} to {made['tokens_per_second_serial'] / 1e3:,.0f}",
         f"{made['mfu_ceiling']:.2f} to {made['mfu_serial']:.2f}",
-        f"{made['run']['chip_hours']:,.0f} to {made['run_serial']['chip_hours']:,.0f}",
+        f"{least['hours']:,.1f} to {most['hours']:,.1f}",
+        f"{least['chip_hours']:,.0f} to {most['chip_hours']:,.0f}",
+        "" if least["cost"] is None else f"${least['cost']:,.0f} to ${most['cost']:,.0f}",
         f"{sum(each['bytes'] for each in made['collectives']) / 1e9:.1f}",
     ]
     return f"{start} " + " | ".join(pairs) + " |"
@@ -57,7 +72,7 @@ def main() -> None:
         if options not in found:
             found[options] = plan(options)
             PLANS.write_text("".join(json.dumps(made) + "\n" for made in found.values()))
-    rows = [f"| {HEADS} |", "|---" * 10 + "|", *(row(found[options]) for options in ROWS)]
+    rows = [f"| {HEADS} |", "|---" * 12 + "|", *(row(found[options]) for options in ROWS)]
     splice(ROOT / "docs" / "plan.md", "\n".join(rows))
 
 
