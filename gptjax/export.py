@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(program("export"), __doc__, argv, Arguments())
     from gptjax.inference.export import write_folder, write_gguf
     from gptjax.inference.language_model import LanguageModel
+    from gptjax.progress import working
 
     folder = Path(arguments.folder).absolute()
     to_file = folder.suffix == ".gguf"
@@ -55,10 +56,12 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{folder} is there already: name a folder that is not")
     model = LanguageModel.load(arguments.source, arguments.checkpoint, "float32")
     if to_file:
-        write_gguf(folder, model, arguments.type)
+        with working(f"writing {folder}"):
+            write_gguf(folder, model, arguments.type)
         what = f"{model.n_params:,} parameters in {arguments.type}, {folder.stat().st_size / 2**20:.1f} MiB"
     else:
-        family = write_folder(folder, model, None if arguments.format == "stablehlo" else arguments.dtype)
+        with working(f"writing {folder}"):
+            family = write_folder(folder, model, None if arguments.format == "stablehlo" else arguments.dtype)
         what = f"{family}, {model.n_params:,} parameters in {arguments.dtype}"
     print(f"wrote {folder}: {what}")
 

@@ -25,6 +25,7 @@ from gptjax.errors import UserError, first_line
 from gptjax.files import write_atomically
 from gptjax.metrics import Metrics
 from gptjax.profiler import Profiler
+from gptjax.progress import working
 from gptjax.report_page import write_page
 from gptjax.resolve import resolve
 from gptjax.run_dir import require_resumable, saved_config
@@ -142,7 +143,8 @@ def evaluate(
         kept = Checkpoints(run_dir / "checkpoints" / ("best" if from_step is None else "latest"), read_only=True)
         trees, _ = kept.restore(from_step, params=steps.state.params)
         params, name = trees["params"], f"{run_dir}, step {kept.step if from_step is None else from_step:,}"
-    loss = validation_loss(Run(config, Path(), dataset, mesh, steps, None, None), params)  # type: ignore[arg-type]
+    with working("evaluating"):
+        loss = validation_loss(Run(config, Path(), dataset, mesh, steps, None, None), params)  # type: ignore[arg-type]
     assert loss is not None
     print(f"{name}: validation loss {loss:.4f}")
     return loss
@@ -199,7 +201,8 @@ def _checkpoints(run_dir: Path, config: Config, resume: bool, stack: ExitStack) 
 
 def _start(run: Run, weights: InitialWeights | None) -> TrainState:
     if weights is None:
-        return run.steps.init()
+        with working("drawing the initial weights"):
+            return run.steps.init()
     weights.copy_side_files(run.folder)
     return run.steps.start(weights.load(run.config.model, run.steps.state.params, run.config.train.seed))
 
@@ -207,7 +210,9 @@ def _start(run: Run, weights: InitialWeights | None) -> TrainState:
 def _resume(run: Run, from_step: int | None) -> tuple[TrainState, Progress]:
     """The state of the newest intact checkpoint, or of `from_step`; later ones are set aside."""
     abstract, step = run.steps.state, _step_to_resume(run, from_step)
-    trees, meta = run.latest.restore(step, from_step is None, params=abstract.params, opt_state=abstract.opt_state)
+    shapes = {"params": abstract.params, "opt_state": abstract.opt_state}
+    with working("loading the checkpoint"):
+        trees, meta = run.latest.restore(step, from_step is None, **shapes)
     progress = Progress(**{name: value for name, value in meta.items() if name != "config"})
     if not run.dataset.matches(progress.data):
         raise UserError(

@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from gptjax import distributed
+from gptjax import distributed, progress
 from gptjax.config import Config
 from gptjax.errors import UserError, first_line
 from gptjax.files import write_atomically
@@ -194,7 +194,8 @@ class Metrics:
         """Exclude the block from training time, and show on the progress bar what it does."""
         begin = time.perf_counter()
         self._display.note(doing)
-        yield
+        with progress.hidden():
+            yield
         self._display.note("")
         self._paused += time.perf_counter() - begin
 
@@ -225,9 +226,9 @@ class _Display:
 
     def __init__(self, max_steps: int, start: int) -> None:
         self._max_steps, self._start, self._began, self._printed = max_steps, start, time.perf_counter(), 0.0
-        self._console, self._text = Console(), "compiling"
-        columns, hidden = (BarColumn(), TextColumn("{task.description}")), not self._console.is_terminal
-        self.bar = Progress(*columns, console=self._console, transient=True, disable=hidden)
+        self._console, self._text = Console(), "compiling the training step"
+        columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False))
+        self.bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._task = self.bar.add_task(self._text, total=max_steps, completed=start)
         self.bar.start()
 

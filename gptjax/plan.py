@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
     from gptjax.planning.page import to_json, to_text
     from gptjax.planning.plan import complete_config, make_plan, search
     from gptjax.planning.topology import find_topology
+    from gptjax.progress import working
 
     topology = find_topology(arguments.topology)
     config = complete_config(config, topology.devices[0])
@@ -63,8 +64,8 @@ def main(argv: Sequence[str]) -> None:
     if arguments.search:
         plan = search(config, topology, sys.stderr if arguments.json else sys.stdout)
     else:
-        print(f"compiling the step for {topology.name} ...", file=sys.stderr, flush=True)
-        plan = make_plan(config, topology)
+        with working(f"compiling the step for {topology.name}", say=True):
+            plan = make_plan(config, topology)
     if arguments.json:
         print(json.dumps(to_json(plan, arguments.price)))
     else:

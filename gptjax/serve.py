@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(program("serve"), __doc__, argv, Arguments())
     key = arguments.key
     from gptjax.inference.language_model import LanguageModel
+    from gptjax.progress import working
 
     try:
         from gptjax.serving.api import create_app
@@ -87,7 +88,8 @@ def main(argv: Sequence[str]) -> None:
         models.append(Served(name, model, Engine(model, arguments.slots, arguments.queue), (path,)))
     limits = Limits(arguments.max_body, arguments.max_prompt_tokens, arguments.max_new_tokens, arguments.timeout)
     server = Server(create_app(models, limits, key, arguments.local), models, arguments.grace)
-    warm_up(models)
+    with working("compiling"):
+        warm_up(models)
     shown = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     names = ", ".join(served.name for served in models)
     print(f"serving {names} at http://{shown}:{listening.getsockname()[1]}", flush=True)

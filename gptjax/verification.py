@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.progress import Progress
 
 from gptjax import environment
 from gptjax.checkpoint import Checkpoints
@@ -20,6 +18,7 @@ from gptjax.data import batches
 from gptjax.data.prepare import load_dataset
 from gptjax.errors import UserError
 from gptjax.loop import Run, batch_maker, validation_loss
+from gptjax.progress import track
 from gptjax.report import Columns, read_metrics
 from gptjax.resolve import resolve
 from gptjax.run_dir import saved_config
@@ -139,11 +138,8 @@ def _train(
     rows = record.rows["step"]
     whole = first in {0, *rows, *(start["step"] for start in record.starts)}
     losses = [] if whole else [math.nan]  # since the last row: not known
-    with (
-        Progress(disable=not sys.stderr.isatty(), transient=True) as bar,
-        closing(batches.prefetch(batch_maker(run), range(first, last))) as stream,
-    ):
-        for step, windows in enumerate(bar.track(stream, total=last - first, description="computing"), first + 1):
+    with closing(batches.prefetch(batch_maker(run), range(first, last))) as stream:
+        for step, windows in enumerate(track(stream, "computing", last - first), first + 1):
             state, on_device = run.steps.train(state, windows)
             metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
             if math.isfinite(metrics["train_loss"]) and math.isfinite(metrics["grad_norm"]):

@@ -10,24 +10,21 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-
-from rich.progress import Progress
+from typing import NamedTuple
 
 from gptjax.config import DataConfig
 from gptjax.data.sources import chosen, files_below, format_of, is_plain, kind_of, not_utf8, require_text
 from gptjax.errors import UserError
 from gptjax.files import remove_leftovers, replacing
+from gptjax.progress import track
 
 _CHUNK = 1 << 16  # bytes; small because the BPE trainer holds 256 chunks at once
 _LARGEST = 64 << 30  # bytes of a download; more is rather an endless reply than one file of text
-Chunk = TypeVar("Chunk")
 
 
 class Corpus(NamedTuple):
@@ -104,15 +101,6 @@ def decoded(file: BufferedReader, path: str) -> Iterator[str]:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise not_utf8(path, n_read - len(error.object) + error.start, error) from error
-
-
-def with_progress(chunks: Iterable[Chunk], total: int | None, what: str) -> Iterator[Chunk]:
-    """Yield the same chunks, with a progress bar of their length, or of their number, if stdout is a terminal."""
-    with Progress(disable=not sys.stdout.isatty(), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        for chunk in chunks:
-            yield chunk
-            bar.advance(task, len(chunk) if isinstance(chunk, str | bytes) else 1)
 
 
 def between(chunks: Iterable[str], start: int, stop: int) -> Iterator[str]:
@@ -202,7 +190,7 @@ def _received(url: str, most: int) -> Iterator[bytes]:
             total, received = int(reply.headers["Content-Length"] or 0) or None, 0
             if (total or 0) > most:
                 raise UserError(too_large)
-            for block in with_progress(iter(lambda: reply.read(_CHUNK), b""), total, f"downloading {url}"):
+            for block in track(iter(lambda: reply.read(_CHUNK), b""), f"downloading {url}", total, len):
                 received += len(block)
                 if received > most:
                     raise UserError(too_large)

@@ -14,6 +14,7 @@ import numpy as np
 from gptjax.errors import UserError
 from gptjax.files import read_json, user_cache, write_atomically
 from gptjax.host import n_cores
+from gptjax.progress import working
 
 RECORD = "checked.json"
 _BLOCK = 1 << 24  # tokens that a thread reads at once
@@ -41,13 +42,15 @@ def contents(files: Mapping[Path, np.ndarray]) -> dict[Path, Content]:
     states = {path: _state(path, ids.dtype) for path, ids in files.items()}
     found = {path: Content(*known[path.name][1:]) for path in files if known.get(path.name, [None])[0] == states[path]}
     new = {path: ids for path, ids in files.items() if path not in found}
-    if (n_bytes := sum(ids.nbytes for ids in new.values())) > _LARGE:
-        print(f"checking {n_bytes / 1e9:,.0f} GB of token files in {folder}, once", flush=True)
+    n_bytes = sum(ids.nbytes for ids in new.values())
+    what = f"checking {n_bytes / 1e9:,.1f} GB of token files in {folder}, once"
     blocks = [(path, ids[i : i + _BLOCK]) for path, ids in new.items() for i in range(0, len(ids), _BLOCK)]
     parts: dict[Path, list[tuple[int, bytes]]] = {path: [] for path in new}
-    with ThreadPoolExecutor(n_cores()) as threads:  # hashing releases Python's lock
+    with working(what, len(blocks), n_bytes > _LARGE) as advance, ThreadPoolExecutor(n_cores()) as threads:
+        # Hashing releases Python's lock.
         for (path, _), part in zip(blocks, threads.map(_part, [ids for _, ids in blocks]), strict=True):
             parts[path].append(part)
+            advance()
     for path, each in parts.items():
         digest = hashlib.sha256(b"".join(part for _, part in each)).hexdigest()
         found[path] = Content(max((largest for largest, _ in each), default=-1), digest)

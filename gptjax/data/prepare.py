@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 from gptjax.config import DataConfig
 from gptjax.data import conversations, remote, token_files
 from gptjax.data.conversations import Conversations, open_conversations
-from gptjax.data.corpora import Corpus, between, open_corpus, with_progress
+from gptjax.data.corpora import Corpus, between, open_corpus
 from gptjax.data.integrity import Content, contents, place_of
 from gptjax.data.packing import PackedTokens, entries_of
 from gptjax.data.token_files import MANIFEST, UINT32, Tokens, dtype_for, open_split, write_tokens
 from gptjax.errors import UserError
 from gptjax.files import LOCK, claim, locked, read_json, write_atomically
+from gptjax.progress import track
 from gptjax.tokenizer import Tokenizer
 
 _VERSION = 1  # of how a text is prepared; after a change of it every text is prepared again
@@ -176,7 +177,7 @@ def _write_folder(made: Path, config: DataConfig, corpus: Corpus) -> dict[str, A
     n_train = int(n * (1 - config.val_fraction))  # in characters, as in nanoGPT
 
     def text(start: int, stop: int, what: str) -> Iterator[str]:
-        return with_progress(between(corpus.chunks(), start, stop), stop - start, what)
+        return track(between(corpus.chunks(), start, stop), what, stop - start, len)
 
     if config.tokenizer == "char":
         tokenizer = Tokenizer.characters(alphabet)
@@ -200,7 +201,7 @@ def _write_conversations(made: Path, config: DataConfig, source: Conversations) 
     if not 0 < n_train < n:
         raise UserError(f"{source.identity} has {n} conversations: pass one at least for each split")
     chat = conversations.chat_format(config, source, n_train)
-    encoded = conversations.encode(chat, with_progress(source.all(), n, "encoding conversations"))
+    encoded = conversations.encode(chat, track(source.all(), "encoding conversations", n))
     first, counts = next(encoded), {"predicted": 0}
 
     def entries(examples: Iterator[Any]) -> Iterator[Any]:

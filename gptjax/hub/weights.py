@@ -35,6 +35,7 @@ from gptjax.hub.families import (
     within_limits,
 )
 from gptjax.hub.gguf import bundled_model, is_gguf, open_gguf, side_folder
+from gptjax.progress import track
 
 # Files beside the weights and tokenizer.json of a Hugging Face folder. A run that starts from the folder copies them.
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -109,7 +110,8 @@ def load_params(weights: Weights, config: ModelConfig, abstract: Any, seed: int 
     """
     start, n_bytes = time.perf_counter(), 0
     leaves, filled = by_path(abstract), dict[str, jax.Array]()
-    for name, spec in expected_tensors(weights.config, weights.family).items():
+    tensors = expected_tensors(weights.config, weights.family)
+    for name, spec in track(tensors.items(), f"loading {weights.source}", len(tensors)):
         tensor = weights.read(name)
         n_bytes += tensor.nbytes
         for place, piece in zip(spec.places, np.split(tensor, len(spec.places), spec.axis), strict=True):

@@ -3,7 +3,6 @@
 import base64
 import html
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from gptjax.errors import UserError
 from gptjax.inference.language_model import CHAT, Answer, LanguageModel
 from gptjax.inference.sampling import Sampling
 from gptjax.page import definitions, page
+from gptjax.progress import working
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def ask(
     picture = path.read_bytes() if (path := model.folder / "loss.png").exists() else None
     column = Column(name, model.card(), picture, {}, {})
     for prompt in prompts:
-        print(f"{model.name}: {prompt}", file=sys.stderr)
         try:
-            for temperature in temperatures:
-                column.replies[prompt, temperature] = reply(model, prompt, temperature, most_tokens, system, seed)
+            with working(f"{model.name}: {prompt}", say=True):
+                for temperature in temperatures:
+                    column.replies[prompt, temperature] = reply(model, prompt, temperature, most_tokens, system, seed)
         except UserError as error:
             column.problems[prompt] = str(error)
     return column

@@ -2,19 +2,18 @@
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
 from gptjax.data.corpora import read_text
 from gptjax.data.token_files import Tokens, dtype_for
 from gptjax.errors import UserError
 from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import TokenIds
+from gptjax.progress import track
 
 _BATCH = 64  # windows or questions that are scored between two steps of the progress bar
 
@@ -117,6 +116,5 @@ def _pair(model: LanguageModel, context: str, continuation: str) -> tuple[TokenI
 
 
 def _batches(items: Sequence[Any], description: str) -> Iterator[Sequence[Any]]:
-    with Progress(disable=not sys.stderr.isatty(), transient=True) as bar:
-        for i in bar.track(range(0, len(items), _BATCH), description=description):
-            yield items[i : i + _BATCH]
+    batches = (items[i : i + _BATCH] for i in range(0, len(items), _BATCH))
+    return track(batches, description, len(items), len)

@@ -25,6 +25,7 @@ from gptjax.inference.generate import PrefixCache, generate, padded_length
 from gptjax.inference.quantize import quantize
 from gptjax.inference.sampling import Sampling, TokenIds, log_probs_of
 from gptjax.inference.speculative import speculate
+from gptjax.progress import working
 from gptjax.resolve import resolve
 from gptjax.run_dir import holds_run, load_run, trained_tokens
 from gptjax.sharding import one_device, with_shardings
@@ -70,7 +71,8 @@ class LanguageModel:
         path, train_tokens = locate(name), None
         folder = folder_of(path)
         if holds_run(path):
-            run, params, tokenizer = load_run(path, which)
+            with working(f"loading {name}"):
+                run, params, tokenizer = load_run(path, which)
             config, train_tokens = _with_dtype(run.model, dtype), None if run.init_from else trained_tokens(path, which)
         else:
             config, params, tokenizer = _load_weights(path, dtype)

@@ -9,6 +9,7 @@ from gptjax.errors import UserError
 from gptjax.inference.generate import PrefixCache
 from gptjax.inference.language_model import Answer, LanguageModel
 from gptjax.inference.sampling import Sampling
+from gptjax.progress import working
 
 
 def read_prompt(file: str) -> str:
@@ -36,19 +37,22 @@ def complete(
     prompts = [model.tokenizer.prompt(text, special=special) for text in begins]
     stream = model.answer(prompts, max_new_tokens, sampling, [*seeds] * len(texts), stop, draft=draft)
     if log_probs:
-        *_, answers = stream
+        with working("sampling"):
+            *_, answers = stream
         print("\n\n".join(table(model, answer) for answer in answers))
         return
-    print(begins[0], end="", flush=True)
-    answers = show(stream)
+    answers = show(stream, begins[0])
     for text, answer in zip(begins[1:], answers[1:], strict=True):
         print(f"\n---------------\n{text}{answer.text}", end="")
     print()
 
 
-def show(stream: Iterator[list[Answer]]) -> list[Answer]:
-    """Print the first answer as it grows, and return all of them."""
-    n_shown = 0
+def show(stream: Iterator[list[Answer]], begin: str = "") -> list[Answer]:
+    """Print `begin` and the first answer as it grows, and return all of them."""
+    with working("reading the prompt"):  # and compiling, the first time
+        answers = next(stream)
+    print(begin + answers[0].text, end="", flush=True)
+    n_shown = len(answers[0].text)
     for answers in stream:
         print(answers[0].text[n_shown:], end="", flush=True)
         n_shown = len(answers[0].text)

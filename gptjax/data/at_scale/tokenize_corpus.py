@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import Progress, SpinnerColumn
 
 from gptjax.config import Section, argument, option
 from gptjax.data import token_files
@@ -31,6 +30,7 @@ from gptjax.data.token_files import MANIFEST, Tokens, dtype_for, token_writer
 from gptjax.errors import UserError
 from gptjax.files import read_json, remove_leftovers, write_atomically, write_new
 from gptjax.host import n_cores
+from gptjax.progress import working
 from gptjax.tokenizer import END_OF_TEXT, Tokenizer, safe_chunks
 
 _VERSION = 1  # of the content of a shard; a folder of another version is refused
@@ -240,14 +240,12 @@ def _work(number: int, part: Part, config: TokenizeConfig) -> Count:
 
 
 def _show(counts: Iterable[tuple[int, Count]], parts: dict[int, Part]) -> Count:
-    """Show the counts as they come, in a bar on a terminal or else in a line per part, and return their total."""
+    """Show the counts as they come, in a bar on a terminal, and return their total; a log gets a line per part."""
     total, sizes = Count(), {number: sum(piece.stop - piece.start for piece in part) for number, part in parts.items()}
-    columns = (SpinnerColumn(), *Progress.get_default_columns())
-    with Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:
-        task = bar.add_task("tokenizing", total=sum(sizes.values()))
+    with working("tokenizing", sum(sizes.values())) as advance:
         for number, count in counts:
             total = Count(*map(sum, zip(total, count, strict=True)))
-            bar.update(task, description=str(total), advance=sizes[number])
-            if bar.disable:
+            advance(sizes[number], str(total))
+            if not sys.stdout.isatty():
                 print(f"part {number}: {count}", flush=True)
     return total
