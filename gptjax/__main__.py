@@ -1,5 +1,6 @@
 """The command `gptjax`: each command of the package by its name, as in `gptjax train --config shakespeare`."""
 
+import argparse
 import difflib
 import importlib
 import importlib.metadata
@@ -26,6 +27,8 @@ COMMANDS = {  # each is gptjax/NAME.py or gptjax/NAME/__main__.py, with a functi
 
 def main() -> NoReturn:
     """Run the command that the command line names first."""
+    if "_ARGCOMPLETE" in os.environ:
+        complete(os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])])
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         run_command(name, arguments)
@@ -50,6 +53,21 @@ def run_command(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
         if name == "train":
             sys.stdout = LenientOutput(sys.stdout)
         sys.exit(module.main(sys.argv[1:] if arguments is None else arguments))
+
+
+def complete(line: str) -> NoReturn:
+    """Answer argcomplete, which a shell runs at the Tab key: what may follow on its command line, read up to there."""
+    import argcomplete
+
+    words = [*line.split(), *[""] * line[-1:].isspace()]  # the last one is to be completed
+    n = 3 if words[1:3] == ["data", "tokenize"] and len(words) > 3 else 2
+    if len(words) > 2 and words[1] in COMMANDS:
+        os.environ["_ARGCOMPLETE"] = str(n)  # how many words stand for the program
+        run_command(words[1], words[2:n])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command", choices=COMMANDS)
+    argcomplete.autocomplete(parser)
+    sys.exit(1)
 
 
 def _overview() -> str:

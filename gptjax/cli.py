@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import runpy
 import shutil
@@ -79,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str | None, add_help: bool = True, brief: bool = False) -> None:
         text = description and inspect.cleandoc(description)
-        self._brief, self._rare = brief, set[str]()
+        self._complete, self._brief, self._rare = add_help, brief, set[str]()
         self._named = dict[str, argparse._ArgumentGroup]()
         super().__init__(prog, "%(prog)s [options]", text, add_help=False, allow_abbrev=False)
         if add_help:
@@ -150,13 +151,19 @@ class Parser(argparse.ArgumentParser):
         text = spec.metadata["help"] + ("" if unset else f" (default: {shown})")
         metavar = spec.metadata.get("metavar") or _metavar(hint)
         number |= {"metavar": metavar, "type": _reader(hint), "default": default, "help": text.replace("%", "%%")}
-        group.add_argument(f"--{name}", dest=name, **number)
+        action: Any = group.add_argument(f"--{name}", dest=name, **number)
+        if metavar.startswith("{"):
+            action.completer = lambda **_: metavar.strip("{}").split(",")  # for argcomplete
 
     def parse(self, argv: Sequence[str], *defaults: Any, strict: bool = True) -> Any:
         """A copy of each of `defaults`, whose fields were added before, with the values that `argv` gives.
 
         Raises `UserError` if a value does not fit, or (if strict) if an option is unknown.
         """
+        if self._complete and "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+            import argcomplete
+
+            argcomplete.autocomplete(self)
         values, unknown = self.parse_known_args(argv)
         if unknown and strict:
             known = [text for action in self._actions for text in action.option_strings]

@@ -245,6 +245,23 @@ def test_help_and_a_mistaken_option_do_not_wait_for_jax(command):
         assert done.stderr.endswith("False\n") and ("did you mean" in done.stderr) == (code == 2), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("gptjax sa", {"sample"}),
+        ("gptjax train --model.n_l", {"--model.n_layer"}),
+        ("gptjax train --data.source a.txt --model.norm non", {"nonparametric_rmsnorm"}),
+        ("gptjax data tokenize a.jsonl --val", {"--val_fraction"}),
+    ],
+)
+def test_a_shell_completes_commands_options_and_choices(tmp_path, line, words):
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    asked |= {"_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "found")}
+    environment = {**os.environ, **asked, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "gptjax"], env=environment, check=True, capture_output=True)
+    assert {word.strip() for word in (tmp_path / "found").read_text().split("\n")} == words
+
+
 def test_help_shows_the_usual_options_and_help_all_the_others(capsys):
     texts = []
     for option in ("--help", "--help-all"):
