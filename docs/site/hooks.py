@@ -13,7 +13,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r'(\]\(|src=")(?![a-z]+:|#)([^)"#\s]+)')
-LANGUAGES = {"": "dockerfile", ".py": "python", ".sh": "bash", ".yaml": "yaml"}
+LANGUAGES = {"Dockerfile": "dockerfile", ".py": "python", ".sh": "bash", ".yaml": "yaml"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -23,7 +23,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, name, content=text))
     texts = pages | {file.src_uri: file.content_string for file in files.documentation_pages()}
     linked = {_target(name, link) for name, text in texts.items() for _, link in LINK.findall(text)}
-    linked |= {f"{path}/{inner.name}" for path in linked if (ROOT / path).is_dir() for inner in (ROOT / path).iterdir()}
+    linked |= {f"{path}/{name}" for path in linked if (ROOT / path).is_dir() for name in _files(ROOT / path)}
     for path in sorted(linked):
         if not path.startswith("docs/") and (ROOT / path).exists():
             added = {"content": _shown(ROOT / path), "inclusion": InclusionLevel.NOT_IN_NAV}
@@ -73,16 +73,20 @@ def _reference() -> dict[str, str]:
     return pages
 
 
+def _files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
 def _shown(path: Path) -> str:
     """A page that shows a file, a notebook's cells, or the names in a folder."""
     if path.is_dir():
-        text = "".join(f"- [{inner.name}]({path.name}/{inner.name}.md)\n" for inner in sorted(path.iterdir()))
+        text = "".join(f"- [{name}]({path.name}/{name}.md)\n" for name in _files(path))
     elif path.suffix == ".ipynb":
         cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text("utf-8"))["cells"]]
         text = "\n\n".join(f"```python\n{lines}\n```" if kind == "code" else lines for kind, lines in cells)
         text = re.sub(r"^# .*\n", "", text)  # the page has its own title
     else:
-        text = f"````{LANGUAGES[path.suffix]}\n{path.read_text('utf-8')}\n````\n"
+        text = f"````{LANGUAGES.get(path.suffix or path.name, 'text')}\n{path.read_text('utf-8')}\n````\n"
     return f"---\nsearch: {{exclude: true}}\n---\n# {path.relative_to(ROOT)}\n\n{text}"
 
 
