@@ -10,10 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.flops import device_peak
 from gptjax.matmul import matmul
-from gptjax.sharding import BATCH_AXES, mesh_in_use
+from gptjax.sharding import BATCH_AXES, mesh_in_use, platform_in_use
 
 PIECE_BYTES = 256 << 20  # of float32 logits on a device whose memory is unknown, as a CPU's
 PIECE_SHARE = 1 / 16  # of a device's memory otherwise: each further piece reads and writes the head's gradient again
+FLOPS_PER_BYTE = 400  # of a TPU's peaks, above which logits are computed twice: v6e has 560, all others at most 313
+VOCABULARY_PART = 1536  # ids that such a TPU scores at a time: the float32 logits of 8,192 rows take 50 MB on the chip
 MASKED = -1e30  # the logit of an id that is padding; with -inf the difference of two would be nan
 
 
@@ -27,6 +29,13 @@ def pieces_of(batch_size: int, length: int, vocab_size: int) -> int:
     while length // n > limit and length % (2 * n) == 0:
         n *= 2
     return n
+
+
+def is_bound_by_memory() -> bool:
+    """Whether the mesh in use is of TPUs that compute logits twice in less time than they read and write them once."""
+    mesh = mesh_in_use()
+    peak = device_peak(mesh.abstract_device.device_kind) if platform_in_use() == "tpu" else None
+    return peak is not None and peak.flops > FLOPS_PER_BYTE * peak.bandwidth
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -70,7 +79,9 @@ def _on_mesh(
     Each device scans its own rows over its own part of the vocabulary; losses and the head's gradients are summed over
     rows once, at the end. A device keeps the gradient of its own part of the head.
     """
-    scan = partial(_scan, vocab_size=vocab_size, n_pieces=n_pieces, logit_cap=logit_cap, with_gradient=with_gradient)
+    form = _piece_by_parts if is_bound_by_memory() else _piece
+    piece = partial(form, vocab_size=vocab_size, logit_cap=logit_cap, with_gradient=with_gradient)
+    scan = partial(_scan, piece, n_pieces, with_gradient)
     mesh = mesh_in_use()
     if mesh.empty:
         return scan(x_BTD, head_VD, targets_BT)
@@ -91,17 +102,10 @@ def _on_mesh(
 
 
 def _scan(
-    x_BTD: Any,
-    head_VD: Any,
-    targets_BT: Any,
-    vocab_size: int,
-    n_pieces: int,
-    logit_cap: float,
-    with_gradient: bool,
-    axis: str | None = None,
+    piece: Any, n_pieces: int, with_gradient: bool, x_BTD: Any, head_VD: Any, targets_BT: Any, *, axis: Any = None
 ) -> Any:
     """`_on_mesh` for one device, whose part of V is along the mesh's `axis`; the head's gradient is float32."""
-    piece = partial(_piece, head_VD, vocab_size=vocab_size, logit_cap=logit_cap, with_gradient=with_gradient, axis=axis)
+    piece = partial(piece, head_VD, axis=axis)
     (B, T, D), t = x_BTD.shape, x_BTD.shape[1] // n_pieces
     zero = (jnp.zeros(()), jnp.zeros(head_VD.shape, jnp.float32) if with_gradient else None)
     if n_pieces == 1:
@@ -136,10 +140,7 @@ def _piece(
     hit_BtV = ids_11V == targets_Bt[:, :, None]
     counts_Bt = (targets_Bt >= 0).astype(jnp.float32)
     max_Bt1, sum_Bt1, target_Bt1 = statistics(logits_BtV, hit_BtV)
-    if axis is not None:
-        own_Bt1, max_Bt1 = max_Bt1, jax.lax.pmax(max_Bt1, axis)
-        sum_Bt1, target_Bt1 = jax.lax.psum((sum_Bt1 * jnp.exp(own_Bt1 - max_Bt1), target_Bt1), axis)
-    log_sum_Bt1 = max_Bt1 + jnp.log(sum_Bt1)
+    log_sum_Bt1, target_Bt1 = _over_axis(max_Bt1, sum_Bt1, target_Bt1, axis)
     nats += jnp.sum(counts_Bt * (log_sum_Bt1 - target_Bt1)[:, :, 0])
     if not with_gradient:
         return (nats, dhead_VD), None
@@ -150,6 +151,71 @@ def _piece(
     dx_RD = matmul(dlogits_RV, head_VD)
     dx_RD = dx_RD if axis is None else jax.lax.psum(dx_RD, axis)
     return (nats, dhead_VD + matmul(dlogits_RV.T, rows_RD, jnp.float32)), dx_RD.reshape(x_BtD.shape)
+
+
+def _piece_by_parts(
+    head_VD: Any,
+    total: Any,
+    inputs: Any,
+    *,
+    vocab_size: int,
+    logit_cap: float,
+    with_gradient: bool,
+    axis: str | None,
+) -> Any:
+    """`_piece` for P parts of the vocabulary, one after the other, so that logits stay in a TPU's on-chip memory.
+
+    The gradient needs the sum over all parts, so the logits are computed twice.
+    """
+    (nats, dhead_VD), (x_BtD, targets_Bt) = total, inputs
+    (V, D), rows_RD = head_VD.shape, x_BtD.reshape(-1, x_BtD.shape[-1])
+    first = 0 if axis is None else jax.lax.axis_index(axis) * V
+    counts_R1, v = targets_Bt.reshape(-1, 1) >= 0, min(VOCABULARY_PART, V)
+    logits_of = partial(
+        _logits_of_part, rows_RD, targets_Bt.reshape(-1, 1) - first, jnp.minimum(V, vocab_size - first), logit_cap
+    )
+    head_PvD = jnp.pad(head_VD, [(0, -V % v), (0, 0)]).reshape(-1, v, D)
+    parts = head_PvD, jnp.arange(len(head_PvD) * v).reshape(-1, 1, v)
+
+    def add_sums(sums: Any, part: Any) -> Any:
+        (max_R1, sum_R1, target_logit_R1), (logits_Rv, hit_Rv, _) = sums, logits_of(*part)
+        new_max_R1 = jnp.maximum(max_R1, jnp.max(logits_Rv, axis=1, keepdims=True))
+        sum_R1 *= jnp.exp(max_R1 - new_max_R1)
+        sum_R1 += jnp.sum(jnp.exp(logits_Rv - new_max_R1), axis=1, keepdims=True)
+        return (new_max_R1, sum_R1, target_logit_R1 + jnp.sum(logits_Rv * hit_Rv, axis=1, keepdims=True)), None
+
+    def add_gradients(dx_RD: Any, part: Any) -> Any:
+        logits_Rv, hit_Rv, slope_Rv = logits_of(*part)
+        dlogits_Rv = ((jnp.exp(logits_Rv - log_sum_R1) - hit_Rv) * counts_R1 * slope_Rv).astype(x_BtD.dtype)
+        return dx_RD + matmul(dlogits_Rv, part[0], jnp.float32), matmul(dlogits_Rv.T, rows_RD, jnp.float32)
+
+    zero_R1 = jnp.zeros(counts_R1.shape)
+    (max_R1, sum_R1, target_logit_R1), _ = jax.lax.scan(add_sums, (zero_R1 + MASKED, zero_R1, zero_R1), parts)
+    log_sum_R1, target_logit_R1 = _over_axis(max_R1, sum_R1, target_logit_R1, axis)
+    nats += jnp.sum(counts_R1 * (log_sum_R1 - target_logit_R1))
+    if not with_gradient:
+        return (nats, dhead_VD), None
+    dx_RD, dhead_PvD = jax.lax.scan(add_gradients, jnp.zeros(rows_RD.shape), parts)
+    dx_RD = (dx_RD if axis is None else jax.lax.psum(dx_RD, axis)).astype(x_BtD.dtype)
+    return (nats, dhead_VD + dhead_PvD.reshape(-1, D)[:V]), dx_RD.reshape(x_BtD.shape)
+
+
+def _logits_of_part(rows_RD: Any, target_R1: Any, n_ids: Any, logit_cap: float, head_vD: Any, id_1v: Any) -> Any:
+    """The logits of the ids `id_1v`, which of them are targets, and the derivative of the cap."""
+    logits_Rv, slope_Rv = matmul(rows_RD, head_vD.T, jnp.float32), jnp.ones((1, 1))
+    if logit_cap:
+        tanh_Rv = jnp.tanh(logits_Rv / logit_cap)
+        logits_Rv, slope_Rv = logit_cap * tanh_Rv, 1 - jnp.square(tanh_Rv)
+    real_1v = id_1v < n_ids
+    return jnp.where(real_1v, logits_Rv, MASKED), real_1v & (id_1v == target_R1), slope_Rv
+
+
+def _over_axis(max_Rows: Any, sum_Rows: Any, target_Rows: Any, axis: str | None) -> Any:
+    """The logarithm of the sum of exp(logit), and the target's logit, from those of each part of V along `axis`."""
+    if axis is not None:
+        own_Rows, max_Rows = max_Rows, jax.lax.pmax(max_Rows, axis)
+        sum_Rows, target_Rows = jax.lax.psum((sum_Rows * jnp.exp(own_Rows - max_Rows), target_Rows), axis)
+    return max_Rows + jnp.log(sum_Rows), target_Rows
 
 
 def statistics(logits_BtV: Float[Array, "B t V"], hit_BtV: Bool[Array, "B t V"]) -> Any:

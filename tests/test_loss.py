@@ -1,6 +1,7 @@
 """The loss in pieces is the plain cross-entropy, gradients too, and never holds the logits of a whole batch."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,14 @@ def inputs():
     return jnp.asarray(x_BTD, jnp.float32), jnp.asarray(head_VD, jnp.float32), jnp.asarray(targets_BT, jnp.int32)
 
 
+@pytest.fixture(params=[False, True], ids=["whole", "parts"])
+def by_parts(request, monkeypatch):
+    """Whether the vocabulary is scored in parts, as on a TPU bound by memory; here by 16 of the 40 ids."""
+    monkeypatch.setattr(loss, "is_bound_by_memory", lambda: request.param)
+    monkeypatch.setattr(loss, "VOCABULARY_PART", 16)
+    return request.param
+
+
 def plain(x_BTD, head_VD, targets_BT, logit_cap=0.0):
     logits_BTV = x_BTD @ head_VD[:N_TOKENS].T
     if logit_cap:
@@ -35,6 +44,7 @@ def plain(x_BTD, head_VD, targets_BT, logit_cap=0.0):
 
 
 @pytest.mark.parametrize(("n_pieces", "logit_cap"), [(1, 0.0), (2, 0.0), (16, 0.0), (1, 3.0), (2, 1.5)])
+@pytest.mark.usefixtures("by_parts")
 def test_loss_and_gradients_are_the_plain_ones(inputs, n_pieces, logit_cap):
     x_BTD, head_VD, targets_BT = inputs
 
@@ -52,6 +62,7 @@ def test_loss_and_gradients_are_the_plain_ones(inputs, n_pieces, logit_cap):
     np.testing.assert_allclose(jax.jit(ours)(x_BTD, head_VD), expected, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("by_parts")
 def test_a_vocabulary_in_parts_has_the_plain_gradients_too(inputs):
     """With a cap, on a mesh that splits rows and vocabulary; ids from N_TOKENS on are in its last part."""
     x_BTD, head_VD, targets_BT = [jnp.concatenate([each, each]) if i != 1 else each for i, each in enumerate(inputs)]
@@ -64,6 +75,7 @@ def test_a_vocabulary_in_parts_has_the_plain_gradients_too(inputs):
         np.testing.assert_allclose(ours_, theirs_, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("by_parts")
 def test_gradients_of_bfloat16_are_near_the_float32_ones(inputs):
     x_BTD, head_VD, targets_BT = inputs
     ours = jax.grad(lambda x, head: cross_entropy_sum(x, head, targets_BT, N_TOKENS, 2), (0, 1))
@@ -82,6 +94,29 @@ def test_logits_of_the_whole_batch_never_exist(inputs):
     whole = [f"f32[{B},{T},{V}]", f"f32[{B * T},{V}]"]
     assert any(shape in compiled(1) for shape in whole), "this test does not see logits"
     assert not any(shape in compiled(4) for shape in whole)
+
+
+def test_parts_never_hold_the_logits_of_the_whole_vocabulary(inputs, by_parts):
+    loss_and_gradients = jax.value_and_grad(lambda *arrays: cross_entropy_sum(*arrays, N_TOKENS, 1), (0, 1))
+    text = str(jax.make_jaxpr(loss_and_gradients)(*inputs))
+    assert (f"f32[{B * T},{V}]" in text) != by_parts
+    assert (f"f32[{B * T},16]" in text) == by_parts
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "expected"),
+    [
+        ("tpu", "TPU v6 lite", True),
+        ("tpu", "TPU v5 lite", False),
+        ("tpu", "TPU v9", False),
+        ("gpu", "NVIDIA L4", False),
+    ],
+)
+def test_logits_are_computed_twice_only_on_a_tpu_bound_by_memory(monkeypatch, platform, kind, expected):
+    device = SimpleNamespace(platform=platform, device_kind=kind)
+    monkeypatch.setattr(loss, "platform_in_use", lambda: platform)
+    monkeypatch.setattr(loss, "mesh_in_use", lambda: SimpleNamespace(abstract_device=device))
+    assert loss.is_bound_by_memory() == expected
 
 
 def test_one_pass_over_the_logits_finds_what_two_passes_find():
