@@ -10,6 +10,7 @@ machine is.
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -71,6 +72,7 @@ def main() -> None:
     if not arguments.json:
         print(HEADER)
     ours_loss, tokens = loss(ours), arguments.steps * arguments.rows * ours.model.block_size
+    print(f"{MODERN}: {ours_loss:.4f} nats", file=sys.stderr, flush=True)  # kept if the rival's runs are stopped
     size = f"{parameters(ours) / 1e6:.1f}M parameters against {parameters(rival) / 1e6:.1f}M, {tokens:,} tokens"
     for rate in arguments.rates:
         optimizer = rival.optimizer
