@@ -48,10 +48,10 @@ SLOW = {
     f"{FIRST} --train.profile 10:13": f"{TINY} {BPE} --train.profile 1:2",
     f"{FIRST} --data.source my_text.txt": f"{STEPS} {SHAPE} {BPE}",
     f"{FIRST} --data.tokenizer bpe --data.vocab_size 4096": f"{TINY} {BPE}",
-    "python train.py --resume --out_dir out/shakespeare --train.max_steps 600 --optimizer.decay_steps 400": (
+    "python train.py --resume --out_dir out/shakespeare --train.max_steps 600 --optimizer.decay_steps 360": (
         "--train.max_steps 3 --optimizer.decay_steps 2"
     ),
-    "python train.py --resume 300 --out_dir out/shakespeare --optimizer.learning_rate 1e-3": (
+    "python train.py --resume 320 --out_dir out/shakespeare --optimizer.learning_rate 1e-3": (
         "--resume 2 --train.max_steps 3 --optimizer.decay_steps 2"
     ),
     "python sample.py --run out/shakespeare --num_samples 3 --temperature 0.7 --top_k 50 --seed 7": SHORT,
