@@ -156,13 +156,13 @@ def our_sampling(work: str, dtype: str, streams: int, n_tokens: int) -> Work:
     host.prepare()
     import jax
 
-    from gptjax.hub.families import draw_params
     from gptjax.inference.decoder import lay_out
     from gptjax.inference.generate import generate
     from gptjax.inference.quantize import quantize
     from gptjax.inference.sampling import Sampling
+    from gptjax.model import init_params
 
-    params = jax.jit(lambda: draw_params(config, 0))()
+    params = jax.jit(lambda: init_params(config, 0))()
     if dtype == "bfloat16":
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     elif dtype == "int8":

@@ -8,7 +8,8 @@ Local arrays carry their shape in their name, one letter an axis:
 
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -285,6 +286,18 @@ class GPT(nn.Module):
             return logits_BTV
         real_V = jnp.arange(config.padded_vocab_size) < config.vocab_size
         return jnp.where(real_V[None, None], logits_BTV, -jnp.inf)
+
+
+def init_params(config: ModelConfig, seed: int) -> Any:
+    """The parameters before the first step, in float32; the way to compute attention and layers changes none."""
+    model = GPT(replace(config, dtype="float32", attention="plain", layers="looped"))  # which compile fastest
+    return model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@cache
+def param_shapes(config: ModelConfig) -> Any:
+    """The tree of `init_params` as `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(lambda: init_params(config, 0))
 
 
 def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:

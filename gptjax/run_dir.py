@@ -8,15 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, field_metadata, flat
 from gptjax.errors import UserError
 from gptjax.files import LOCK, InUse, locked, read_json
+from gptjax.model import param_shapes
 from gptjax.sharding import one_device, with_shardings
 from gptjax.tokenizer import Tokenizer
-from gptjax.training import init_state
 
 # What a run writes in its folder, and other programs may have there.
 OWN_FILES = (
@@ -112,7 +110,7 @@ def load_run(path: Path, which: CheckpointName) -> tuple[Config, Any, Tokenizer]
     before = _steps(path, name)
     try:
         config = saved_config(path, name, step)
-        abstract = with_shardings(one_device(), jax.eval_shape(lambda: init_state(config)).params)
+        abstract = with_shardings(one_device(), param_shapes(config.model))
         trees, meta = Checkpoints(path / "checkpoints" / name, read_only=True).restore(step=step, params=abstract)
     except UserError:
         if _steps(path, name) == before:

@@ -5,7 +5,6 @@ Shapes as in model.py, and: A micro-steps, W = T + 1 tokens of a window, whose f
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from gptjax.data.packing import CONTEXT, FIRST, ID
 from gptjax.host import overlap_options
 from gptjax.loss import cross_entropy_sum, pieces_of
 from gptjax.loss_scale import LossScale
-from gptjax.model import GPT
+from gptjax.model import GPT, init_params, param_shapes
 from gptjax.optimizer import freeze, make_optimizer, make_schedule
 from gptjax.sharding import batch_sharding, require_divisible, split_update, with_shardings
 
@@ -70,8 +69,7 @@ def init_state(config: Config) -> TrainState:
 
     Compiled with `out_shardings`, no device ever holds all of it.
     """
-    model = GPT(replace(config.model, attention="plain", layers="looped"))  # which compile fastest
-    return start_state(config, model.init(jax.random.key(config.train.seed), jnp.zeros((1, 1), jnp.int32))["params"])
+    return start_state(config, init_params(config.model, config.train.seed))
 
 
 def start_state(config: Config, params: Any) -> TrainState:
@@ -81,9 +79,14 @@ def start_state(config: Config, params: Any) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
+def state_shapes(config: Config) -> TrainState:
+    """The state of `init_state` as `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(partial(start_state, config), param_shapes(config.model))
+
+
 def state_bytes(config: Config) -> int:
     """Bytes of the whole train state and of the gradients."""
-    state = jax.eval_shape(lambda: init_state(config))
+    state = state_shapes(config)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, state.params)))
 
 
@@ -197,7 +200,7 @@ def state_on_mesh(config: Config, mesh: Mesh) -> TrainState:
         UserError: the mesh does not divide what the sharding table splits.
     """
     require_divisible(config.model, mesh)
-    return with_shardings(mesh, jax.eval_shape(lambda: init_state(config)))
+    return with_shardings(mesh, state_shapes(config))
 
 
 def _jit_train_step(config: Config, mesh: Mesh, state: TrainState) -> Any:

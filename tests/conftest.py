@@ -37,7 +37,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.model import GPT
 from gptjax.run_dir import saved_config
 from gptjax.sharding import one_device, with_shardings
-from gptjax.training import init_state
+from gptjax.training import state_shapes
 
 # A pytest that runs in the background ignores Ctrl-C, or with nohup SIGHUP; the processes that it starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -110,7 +110,7 @@ def state_of() -> Callable[..., Any]:
     """The step of a run's latest checkpoint, and its arrays, on one device."""
 
     def read(run_dir: Path) -> tuple[int | None, Any]:
-        abstract = jax.eval_shape(lambda: init_state(saved_config(run_dir)))
+        abstract = state_shapes(saved_config(run_dir))
         abstract = with_shardings(one_device(), abstract)
         checkpoints = Checkpoints(run_dir / "checkpoints" / "latest", read_only=True)
         return checkpoints.step, checkpoints.restore(params=abstract.params, opt_state=abstract.opt_state)[0]

@@ -11,11 +11,11 @@ import pytest
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.errors import UserError
-from gptjax.hub.families import by_path, draw_params
+from gptjax.hub.families import by_path
 from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import merge_lora
 from gptjax.inference.language_model import LanguageModel
-from gptjax.model import GPT
+from gptjax.model import GPT, init_params, param_shapes
 from gptjax.optimizer import freeze
 from gptjax.sharding import make_mesh, one_device, with_shardings
 from gptjax.tokenizer import Tokenizer
@@ -72,9 +72,9 @@ def test_the_layers_that_are_named_have_it_and_b_is_drawn_as_zero():
     """lora_b is zero and lora_a is not, so that nothing changes at first and there is a gradient."""
     for layers in ("query", "query,key,value,out,up,gate,down"):
         config = replace(LLAMA, **RANK, lora_layers=layers)
-        paths = by_path(jax.eval_shape(lambda config=config: draw_params(config, 0)))
+        paths = by_path(param_shapes(config))
         assert {path.split("/")[-2] for path in paths if is_lora(path)} == set(layers.split(","))
-    for path, leaf in leaves_of(jax.jit(lambda: draw_params(CONFIG.model, 7))()).items():
+    for path, leaf in leaves_of(jax.jit(lambda: init_params(CONFIG.model, 7))()).items():
         assert not path.endswith("lora_a") or np.all(leaf.std(axis=(1, 2)) > 0.05)
         assert not path.endswith("lora_b") or not leaf.any()
     for layers in ("", "query,", "attention", "query;up", "head"):
@@ -89,7 +89,7 @@ def test_with_b_zero_it_changes_no_logit_and_merged_it_is_a_plain_model(name, sc
     merged_config, merged = merge_lora(config, params)
     assert merged_config == MODELS[name] and merge_lora(merged_config, merged) == (merged_config, merged)
     before, after = leaves_of(params), leaves_of(merged)
-    shapes = by_path(jax.eval_shape(lambda: draw_params(MODELS[name], 0)))
+    shapes = by_path(param_shapes(MODELS[name]))
     assert {path: leaf.shape for path, leaf in after.items()} == {path: leaf.shape for path, leaf in shapes.items()}
     for path in after:
         assert np.array_equal(before[path], after[path]) == (not path.endswith("kernel")), path
@@ -210,7 +210,7 @@ def test_a_run_with_it_is_loaded_and_starts_other_runs(trained, tmp_path):
     np.testing.assert_allclose(logits_of(PLAIN, model.params), expected_BTV, rtol=0, atol=1e-5)
     weights = open_pretrained(str(tmp_path))
     assert weights.config == PLAIN
-    abstract = with_shardings(one_device(), jax.eval_shape(lambda: draw_params(CONFIG.model, 0)))
+    abstract = with_shardings(one_device(), param_shapes(CONFIG.model))
     params = weights.load(CONFIG.model, abstract, 7)
     np.testing.assert_allclose(logits_of(CONFIG.model, params), expected_BTV, rtol=0, atol=1e-5)
     assert not any(leaf.any() for path, leaf in leaves_of(params).items() if path.endswith("lora_b"))  # drawn anew

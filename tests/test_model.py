@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from gptjax.config import Config, ModelConfig, TrainConfig
-from gptjax.model import GPT, Dropout, rope_angles, rotate
+from gptjax.model import GPT, Dropout, param_shapes, rope_angles, rotate
 from gptjax.optimizer import make_optimizer
 from gptjax.sharding import path_name
-from gptjax.training import TrainState, init_state, loss_sum, train_step
+from gptjax.training import TrainState, loss_sum, train_step
 
 TINY = ModelConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16, bias=True, dtype="float32")
 SPEEDRUN = {"activation": "relu2", "norm": "nonparametric_rmsnorm", "position": "rope", "qk_norm": True}
@@ -32,7 +32,7 @@ def logits_of(config, params, tokens_BT, key=None):
 
 
 def abstract_params(config):
-    return jax.eval_shape(lambda: init_state(Config(model=config)).params)
+    return param_shapes(config)
 
 
 @pytest.mark.parametrize("fields", [{}, SPEEDRUN | {"position": "learned"}], ids=["gpt2", "speedrun"])

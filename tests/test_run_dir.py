@@ -13,9 +13,9 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, field_metadata, flat
 from gptjax.errors import UserError
 from gptjax.files import InUse
+from gptjax.model import param_shapes
 from gptjax.run_dir import load_run, new_run_dir, newest_run, require_resumable
 from gptjax.tokenizer import Tokenizer
-from gptjax.training import init_state
 
 
 def make_run(path, seconds):
@@ -87,7 +87,7 @@ def test_a_checkpoint_that_training_replaces_is_read_again(tmp_path, monkeypatch
     model = ModelConfig(vocab_size=3, n_layer=1, n_head=1, n_embd=2, block_size=2, dtype="float32")
     (tmp_path / "config.json").write_text(Config(model=model).to_json())
     (tmp_path / "tokenizer.json").write_text(Tokenizer.characters("abc").to_json())
-    shapes = jax.eval_shape(lambda: init_state(Config(model=model)).params)
+    shapes = param_shapes(model)
     restore = Checkpoints.restore
 
     def save(step):

@@ -23,11 +23,11 @@ from gptjax.hub.init_from import open_pretrained
 from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import Sampling
 from gptjax.loop import train
-from gptjax.model import GPT
+from gptjax.model import GPT, param_shapes
 from gptjax.report import read_metrics
 from gptjax.run_dir import load_run
 from gptjax.sharding import make_mesh, one_device, with_shardings
-from gptjax.training import compile_steps, init_state, loss_sum
+from gptjax.training import compile_steps, loss_sum
 
 MODEL = ModelConfig(vocab_size=40, n_layer=1, n_head=2, n_embd=16, block_size=16, bias=True, dtype="float32")
 TRAIN = TrainConfig(max_steps=6, batch_size=8, eval_interval=3, save_interval=3, log_interval=1)
@@ -194,7 +194,7 @@ def test_a_text_model_learns_to_chat_with_rows_for_the_new_tokens(data, tmp_path
     assert losses[-1] < losses[0]
     (_, before, old), (chat, _, new) = (load_run(tmp_path / name, "best") for name in ("text", "chat"))
     assert chat.model.vocab_size == new.vocab_size == old.vocab_size + 2
-    shapes = jax.eval_shape(lambda: init_state(chat).params)
+    shapes = param_shapes(chat.model)
     start = weights.load(chat.model, with_shardings(one_device(), shapes), 0)
     rows = np.asarray(start["token_embedding"])
     np.testing.assert_array_equal(rows[: old.vocab_size], before["token_embedding"])

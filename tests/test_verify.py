@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,7 +16,7 @@ from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConf
 from gptjax.errors import UserError
 from gptjax.loop import train
 from gptjax.sharding import one_device, with_shardings
-from gptjax.training import init_state
+from gptjax.training import state_shapes
 
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, dtype="float32", dropout=0.1)
 TRAIN = TrainConfig(max_steps=7, batch_size=4, eval_interval=5, save_interval=4, log_interval=3, keep_every=2)
@@ -67,7 +66,7 @@ def change_a_parameter(run):
     """And sign the checkpoint again, as one who wants to hide it would."""
     checkpoints = Checkpoints(run / "checkpoints/latest", keep=3)
     config = Config.from_json(run / "config.json")
-    abstract = with_shardings(one_device(), jax.eval_shape(lambda: init_state(config)))
+    abstract = with_shardings(one_device(), state_shapes(config))
     trees, meta = checkpoints.restore(7, params=abstract.params, opt_state=abstract.opt_state)
     trees["params"]["final_norm"]["scale"] = trees["params"]["final_norm"]["scale"].at[3].add(0.25)
     checkpoints.drop_after(5)

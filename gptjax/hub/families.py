@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.files import read_json
-from gptjax.model import GPT, ROPE_HIGH, ROPE_LOW
+from gptjax.model import ROPE_HIGH, ROPE_LOW, param_shapes
 from gptjax.sharding import path_name
 
 Family = Literal["gpt2", "nanogpt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "nanochat"]
@@ -105,7 +104,7 @@ class Tensor(NamedTuple):
 
 def expected_tensors(config: ModelConfig, family: Family) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its name."""
-    leaves = by_path(jax.eval_shape(lambda: draw_params(replace(config, lora_rank=0), 0)))
+    leaves = by_path(param_shapes(replace(config, lora_rank=0)))
     order, tensors = list(_NAMES), dict[str, Tensor]()
     modules = {path: re.sub("/(kernel|scale|bias)$", "", path) for path in leaves}
     for path in sorted(leaves, key=lambda path: order.index(modules[path])):
@@ -153,11 +152,6 @@ def is_redundant(name: str) -> bool:
 def by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree of parameters, each by its path as in "layers/mlp/up/kernel"."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def draw_params(config: ModelConfig, seed: int) -> Any:
-    """Parameters as a run draws them; for their shapes alone call it in `jax.eval_shape`."""
-    return GPT(replace(config, dtype="float32")).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def read_config(path: Path) -> tuple[Family, ModelConfig]:

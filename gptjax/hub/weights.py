@@ -27,7 +27,6 @@ from gptjax.host import peak_host_memory
 from gptjax.hub.families import (
     Family,
     by_path,
-    draw_params,
     exchange_halves,
     expected_tensors,
     is_redundant,
@@ -35,6 +34,7 @@ from gptjax.hub.families import (
     within_limits,
 )
 from gptjax.hub.gguf import bundled_model, is_gguf, open_gguf, side_folder
+from gptjax.model import init_params
 from gptjax.progress import track
 
 # Files beside the weights and tokenizer.json of a Hugging Face folder. A run that starts from the folder copies them.
@@ -215,7 +215,7 @@ def _with_lora(filled: dict[str, jax.Array], config: ModelConfig, abstract: Any,
     shardings = {path: leaf.sharding for path, leaf in by_path(abstract).items() if "lora_" in path}
 
     def draw() -> dict[str, jax.Array]:  # XLA computes only what is returned
-        return {path: leaf for path, leaf in by_path(draw_params(config, seed)).items() if path in shardings}
+        return {path: leaf for path, leaf in by_path(init_params(config, seed)).items() if path in shardings}
 
     filled = filled | (jax.jit(draw, out_shardings=shardings)() if shardings else {})
     return jax.tree.unflatten(jax.tree.structure(abstract), [filled[path] for path in by_path(abstract)])

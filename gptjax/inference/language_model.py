@@ -18,13 +18,13 @@ from gptjax.cli import Dtype, Which
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.files import read_json
-from gptjax.hub.families import draw_params
 from gptjax.hub.weights import folder_of, load_params, locate, merge_lora, open_weights, stop_ids, tokenizer_of
 from gptjax.inference.decoder import hidden, lay_out, logits
 from gptjax.inference.generate import PrefixCache, generate, padded_length
 from gptjax.inference.quantize import quantize
 from gptjax.inference.sampling import Sampling, TokenIds, log_probs_of
 from gptjax.inference.speculative import speculate
+from gptjax.model import param_shapes
 from gptjax.progress import working
 from gptjax.resolve import resolve
 from gptjax.run_dir import holds_run, load_run, trained_tokens
@@ -92,7 +92,7 @@ class LanguageModel:
     @property
     def n_params(self) -> int:
         """The number of parameters, without the padding of the vocabulary."""
-        shapes = jax.tree.leaves(jax.eval_shape(lambda: draw_params(self.config, 0)))
+        shapes = jax.tree.leaves(param_shapes(self.config))
         n_padded = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(math.prod(leaf.shape) for leaf in shapes) - n_padded * (1 if self.config.tied_head else 2)
 
@@ -245,7 +245,7 @@ def _load_weights(path: Path, dtype: Dtype) -> tuple[ModelConfig, Any, Tokenizer
     weights = open_weights(path)
     config = _with_dtype(weights.config, dtype)
     tokenizer = Tokenizer.from_name_or_path(tokenizer_of(path, config))
-    shapes = jax.eval_shape(lambda: draw_params(config, 0))
+    shapes = param_shapes(config)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.dtype), shapes)
     params = load_params(weights, config, with_shardings(one_device(), abstract))
     if tokenizer.vocab_size > config.vocab_size:

@@ -15,10 +15,11 @@ from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
 from gptjax.export import main
 from gptjax.hub.export import export
-from gptjax.hub.families import by_path, draw_params
+from gptjax.hub.families import by_path
 from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import open_weights
 from gptjax.inference.language_model import LanguageModel
+from gptjax.model import init_params, param_shapes
 from gptjax.sharding import make_mesh, one_device, with_shardings
 from gptjax.tokenizer import Tokenizer
 
@@ -58,7 +59,7 @@ def start(folder, mesh=None, **model):
     """Config and parameters of a run that begins with a folder's weights."""
     weights = open_pretrained(str(folder))
     config = weights.adapt(Config(model=ModelConfig(dtype="float32", **model))).model
-    abstract = with_shardings(mesh or one_device(), jax.eval_shape(lambda: draw_params(config, 0)))
+    abstract = with_shardings(mesh or one_device(), param_shapes(config))
     return config, jax.block_until_ready(weights.load(config, abstract, 7))
 
 
@@ -130,7 +131,7 @@ def run(models, tmp_path_factory):
     return folder
 
 
-drawn = jax.jit(draw_params, static_argnums=(0, 1))
+drawn = jax.jit(init_params, static_argnums=(0, 1))
 
 
 @pytest.mark.parametrize("source", ["folder", "run"])

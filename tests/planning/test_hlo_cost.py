@@ -12,7 +12,7 @@ from gptjax.config import Config, ModelConfig, TrainConfig
 from gptjax.flops import matmul_params, step_flops
 from gptjax.planning.hlo_cost import Program, jaxpr_flops, shape_bytes
 from gptjax.sharding import one_device
-from gptjax.training import init_state, trace_train_step, train_step
+from gptjax.training import state_shapes, trace_train_step, train_step
 
 
 def flops_of(function, *shapes):
@@ -38,7 +38,7 @@ def traced_step(attention, **model):
     sizes = {"vocab_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8} | model
     model = ModelConfig(attention=attention, dtype="float32", **sizes)
     config = Config(model=model, train=TrainConfig(batch_size=4, accumulate=2))
-    state = jax.eval_shape(lambda: init_state(config))
+    state = state_shapes(config)
     windows = jax.ShapeDtypeStruct((2, 2, model.block_size + 1), jnp.int32)
     jaxpr = jax.make_jaxpr(partial(train_step, config))(state, windows).jaxpr
     return config, jaxpr_flops(jaxpr, model.local_window), state.params
