@@ -275,6 +275,8 @@ def _train_and_report(
         step = _loop(run, state, progress, metrics, stop)
         stopped = bool(stop.agreed) and (step < config.train.max_steps or progress.evaluated_step != step)
         samples = _samples(run, sample, metrics) if sample and distributed.is_first() and not stopped else {}
+        if distributed.is_first() and not stopped and (run.folder / "loss.png").is_file():
+            metrics.picture(run.folder / "loss.png")
     if stopped:
         print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run.folder}")
         return 128 + stop.agreed
@@ -344,7 +346,6 @@ def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics,
         if distributed.is_first() and step:
             try:
                 report.plot_losses(run.folder / "metrics.csv", run.folder / "loss.png", title=run.folder.name)
-                metrics.picture(run.folder / "loss.png")
             except Exception as error:  # no picture is worth the run
                 metrics.print(f"note: loss.png was not drawn: {first_line(error)}")
     return bool(options.patience) and step - progress.best_step >= options.patience * options.eval_interval
