@@ -51,12 +51,13 @@ def _windows(config: Config) -> np.ndarray:
 
 
 def our_step(work: str, dtype: str, layers: Any = "auto", piece_share: float = 0.0) -> Work:
-    """The step that train.py compiles, on as many CPU devices as there are cores."""
+    """The step that train.py compiles, on as many CPU devices as it takes."""
     config = config_of(work)
     config = replace(config, model=replace(config.model, dtype=dtype, layers=layers))
+    from gptjax import cpu
     from gptjax.host import use_cores
 
-    use_cores(config.train.batch_size, 0)
+    use_cores(config.train.batch_size, cpu.n_devices(config))
     import jax
 
     from gptjax import flops, loss

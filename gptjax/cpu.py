@@ -12,12 +12,22 @@ from gptjax.config import Config
 from gptjax.sharding import BATCH_AXES, mesh_in_use
 
 CACHED_TOKENS = 2048  # whose activations fit the cache, of all devices together; half as many with dropout
+UPDATE_BOUND = 16_000  # parameters of the layers for each token of a step, from which one device is faster than two
 RUNS_ONCE = {"xla_backend_optimization_level": 1}  # compiles in half the time
 
 
 def is_cpu(mesh: Mesh) -> bool:
     """Whether the devices of the mesh are CPU devices."""
     return mesh.devices.flat[0].platform == "cpu"
+
+
+def n_devices(config: Config) -> int:
+    """1 for a large model with few tokens a step, as each of several devices would update all parameters; else 0.
+
+    Measured: docs/performance.md.
+    """
+    model, tokens = config.model, config.train.batch_size * config.model.block_size
+    return int(12 * model.n_layer * model.n_embd**2 > UPDATE_BOUND * tokens)
 
 
 def n_splits(config: Config, mesh: Mesh) -> int:

@@ -44,7 +44,8 @@ class Arguments(Section):
     )
     cpu_devices: int | None = cluster(
         None,
-        "CPU devices of a process; none: those of the mesh, or as many as there are cores and as divide a batch evenly",
+        "CPU devices of a process; none: those of the mesh, or one for a large model with few tokens a step, or as "
+        "many as there are cores and as divide a batch evenly",
     )
     coordinator: str | None = cluster(
         None,
@@ -117,7 +118,7 @@ def _parser(*defaults: Section, add_help: bool = False) -> Parser:
 
 def _train(arguments: Arguments, given: Config | None, argv: Sequence[str]) -> int:
     """`given` is the config of --config."""
-    from gptjax import distributed
+    from gptjax import cpu, distributed
     from gptjax.host import use_cores
     from gptjax.hub.init_from import open_pretrained, resumed
     from gptjax.loop import evaluate, train
@@ -139,7 +140,8 @@ def _train(arguments: Arguments, given: Config | None, argv: Sequence[str]) -> i
         rows = config.train.batch_size // config.train.accumulate
         on_mesh = config.mesh.data * (config.mesh.fsdp or 1) * config.mesh.tensor  # negative: one of them is the rest
         n_processes = distributed.count()
-        use_cores(rows // n_processes, arguments.cpu_devices or max(0, on_mesh // n_processes))
+        wanted = cpu.n_devices(config) if on_mesh == -1 else max(0, on_mesh // n_processes)
+        use_cores(rows // n_processes, arguments.cpu_devices or wanted)
         weights = None
         if config.init_from and saved:
             config = resumed(config, saved, run_dir)

@@ -218,6 +218,13 @@ def test_splits_fit_the_cache_and_divide_evenly(monkeypatch):
     assert cpu.n_splits(CONFIG, mesh) == 8  # dropout takes memory too
 
 
+def test_a_large_model_with_few_tokens_a_step_trains_on_one_cpu_device():
+    shapes = {(12, 768, 2, 256): 1, (12, 768, 64, 256): 0, (4, 128, 12, 64): 0, (6, 384, 64, 256): 0}
+    for (n_layer, n_embd, rows, length), n in shapes.items():
+        model = ModelConfig(n_layer=n_layer, n_head=4, n_embd=n_embd, block_size=length)
+        assert cpu.n_devices(Config(model=model, train=TrainConfig(batch_size=rows))) == n
+
+
 @pytest.mark.slow
 def test_muon_goes_on_from_a_checkpoint_bit_for_bit(train, tmp_path):
     run, checkpoints = train(MICRO, MESHES["2x2x2"]), Checkpoints(tmp_path)
