@@ -44,11 +44,9 @@ def parameters(config: Config) -> int:
     """How many parameters a model has."""
     import jax
 
-    from gptjax.model import GPT
+    from gptjax.model import param_shapes
 
-    model = GPT(replace(config.model, dtype="float32", attention="plain", layers="looped"))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config.model)))
 
 
 def main() -> None:
