@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, TextIO
 
 
@@ -35,7 +36,7 @@ def one_line_errors() -> Iterator[None]:
     a character that the terminal's encoding lacks is written as an escape, and invalid input is read as U+FFFD.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as train.py has it while it imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -60,6 +61,16 @@ def one_line_errors() -> Iterator[None]:
         except OSError:
             discard(sys.stderr)
         sys.exit(known[0])
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, but end the process at once during an import, where an extension may swallow it."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"error: interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def discard(stream: TextIO) -> None:

@@ -1,10 +1,16 @@
 """Mistakes, and limits of the machine, that end a command with one line."""
 
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from gptjax.errors import UserError, exit_code_and_message
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +28,24 @@ from gptjax.errors import UserError, exit_code_and_message
 def test_what_a_user_can_mend_is_one_line(error, code, words):
     found, message = exit_code_and_message(error)
     assert found == code and words in message
+
+
+def test_ctrl_c_during_an_import_ends_the_process_in_one_line(tmp_path):
+    """Also where the module, as an extension may, swallows KeyboardInterrupt."""
+    (tmp_path / "greedy.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    pass\n"
+    )
+    program = """
+import signal
+from gptjax.errors import one_line_errors
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+with one_line_errors():
+    import greedy
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
 def test_a_bug_keeps_its_traceback():
