@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import importlib
-import importlib.metadata
 import os
 import signal
 import sys
@@ -36,6 +35,8 @@ def main() -> NoReturn:
         if name in ("-h", "--help"):
             print(_overview())
         elif name == "--version":
+            import importlib.metadata
+
             print(f"gptjax {importlib.metadata.version('gptjax')}")
         else:
             near = difflib.get_close_matches(name, COMMANDS, 1)

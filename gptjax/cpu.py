@@ -22,8 +22,9 @@ def is_cpu(mesh: Mesh) -> bool:
 
 
 def n_devices(config: Config) -> int:
-    """1 for a large model with few tokens a step, as each of several devices would update all parameters; else 0.
+    """How many CPU devices train a config fastest, as `host.use_cores` takes it: 1, or 0 for one a core.
 
+    It is 1 for a large model with few tokens a step, since each of several devices would update all parameters.
     Measured: docs/performance.md.
     """
     model, tokens = config.model, config.train.batch_size * config.model.block_size

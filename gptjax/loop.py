@@ -274,13 +274,14 @@ def _train_and_report(
         metrics.skipped = progress.skipped
         step = _loop(run, state, progress, metrics, stop)
         stopped = bool(stop.agreed) and (step < config.train.max_steps or progress.evaluated_step != step)
-        samples = _samples(run, sample, metrics) if sample and distributed.is_first() and not stopped else {}
-        if distributed.is_first() and not stopped and (run.folder / "loss.png").is_file():
+        reports = distributed.is_first() and not stopped
+        samples = _samples(run, sample, metrics) if sample and reports else {}
+        if reports and (run.folder / "loss.png").is_file():
             metrics.picture(run.folder / "loss.png")
     if stopped:
         print(f"stopped at step {step:,} and saved; to continue: --resume --out_dir {run.folder}")
         return 128 + stop.agreed
-    if distributed.is_first():
+    if reports:
         _report(run, progress, token_flops / peak, samples)
     return 0
 

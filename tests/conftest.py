@@ -34,7 +34,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("gptjax", "beartype.beartype")
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.model import GPT
+from gptjax.model import param_shapes
 from gptjax.run_dir import saved_config
 from gptjax.sharding import one_device, with_shardings
 from gptjax.training import state_shapes
@@ -61,9 +61,7 @@ def scramble() -> Callable[..., Any]:
             scale = n_in**-0.5 if name == "kernel" else 0.3
             return jnp.asarray((name == "scale") + scale * rng.standard_normal(shape.shape), jnp.float32)
 
-        tokens = jnp.zeros((1, config.block_size), jnp.int32)
-        shapes = jax.eval_shape(lambda: GPT(config).init(jax.random.key(0), tokens)["params"])
-        return jax.tree_util.tree_map_with_path(leaf, shapes)
+        return jax.tree_util.tree_map_with_path(leaf, param_shapes(config))
 
     return draw
 

@@ -21,7 +21,7 @@ from gptjax.hub.export import export
 from gptjax.inference.evaluation import hellaswag, read_tokens, text_loss
 from gptjax.inference.language_model import LanguageModel
 from gptjax.loop import Run, validation_loss
-from gptjax.model import GPT
+from gptjax.model import GPT, param_shapes
 from gptjax.sharding import make_mesh
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import compile_steps
@@ -65,8 +65,7 @@ def bigram(config, log_probs_VV):
     The embedding of token i is 100 at place i, of which LayerNorm makes a (e_i - 1 / D); its bias adds the a / D again.
     """
     (n, _), width = log_probs_VV.shape, config.n_embd
-    shapes = jax.eval_shape(lambda: GPT(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), param_shapes(config))
     a = width / math.sqrt(width - 1)
     params["token_embedding"] = 100 * jnp.eye(n, width)
     params["final_norm"] = {"scale": jnp.ones(width), "bias": jnp.full(width, a / width)}

@@ -31,10 +31,6 @@ def logits_of(config, params, tokens_BT, key=None):
     return GPT(config).apply({"params": params}, tokens_BT, rngs=None if key is None else {"dropout": key})
 
 
-def abstract_params(config):
-    return param_shapes(config)
-
-
 @pytest.mark.parametrize("fields", [{}, SPEEDRUN | {"position": "learned"}], ids=["gpt2", "speedrun"])
 def test_a_logit_depends_on_its_own_and_earlier_tokens_only(scramble, fields):
     config = replace(TINY, **fields)
@@ -65,11 +61,11 @@ def test_a_document_does_not_see_the_one_before_it(scramble, fields):
 
 def test_gpt2_124m_has_its_published_number_of_parameters():
     gpt2 = replace(TINY, vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768)
-    params = abstract_params(gpt2)
+    params = param_shapes(gpt2)
     assert params["token_embedding"].shape == (50304, 768)
     n_padding = (50304 - 50257) * 768
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) - n_padding == 124_439_808
-    n_biases = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(replace(gpt2, bias=False))))
+    n_biases = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(replace(gpt2, bias=False))))
     # Per layer: query, key, value, out, down, two LayerNorms [D] and up [4 D]; and the final LayerNorm.
     assert 124_439_808 + n_padding - n_biases == 12 * 11 * 768 + 768
 
