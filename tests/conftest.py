@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # Before jax reads them. Tests mostly compile, so they use slower programs that compile faster. Processes that they
-# start compile as a user's do, and share a cache of programs that is not the user's.
+# start do so too, apart from those of test_scripts.py and test_golden.py, and share a cache that is not the user's.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # even on a machine with a GPU; test_gpu.py says how to test that
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # only in the first of pytest's processes; the others inherit it

@@ -53,7 +53,6 @@ sys.argv[0] = {str(ROOT / "train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-ENVIRONMENT.pop("XLA_FLAGS", None)
 FOREVER = "--train.max_steps 1000000 --train.eval_interval 1000000 --train.save_interval 50".split()
 
 
