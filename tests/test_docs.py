@@ -92,6 +92,7 @@ EXCEPTIONS = {
     "python sample.py --run smollm2 ...": SMOLLM2,
     "python train.py --config configs/chat_smollm2.py": SMOLLM2,
     "python sample.py --run out/chat_smollm2 --chat": SMOLLM2,
+    "python sample.py --run out/chat_shakespeare --chat": "asks a person for messages: tests/test_sft.py",
     "python -m gptjax.compare out/overfit smollm2 ...": SMOLLM2,
     "python -m gptjax.evaluate smollm2 ...": SMOLLM2,
     "python -m gptjax.evaluate out/overfit --text play.txt": "needs the run of configs/overfit.py",
