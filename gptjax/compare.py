@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> None:
 
     host.prepare()
     prompts = arguments.read_prompts()
-    pages = [Path(f"{arguments.out}.html"), Path(f"{arguments.out}.md")]
+    out = arguments.out.removesuffix(".html").removesuffix(".md")
+    pages = [Path(f"{out}.html"), Path(f"{out}.md")]
     pages[0].parent.mkdir(parents=True, exist_ok=True)
     for path in pages:
         if path.is_dir():

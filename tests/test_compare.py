@@ -133,7 +133,7 @@ def pages(run, base, instruct, tmp_path_factory):
     (folder / "prompts.txt").write_text("\n" + "\n\n".join(f" {prompt} " for prompt in PROMPTS), encoding="utf-8")
     out = folder / "new" / "page"
     arguments = ["--prompts", folder / "prompts.txt", "--temperature", *TEMPERATURES, "--max_new_tokens", N_NEW]
-    main([str(run), str(base), str(instruct), *map(str, arguments), "--out", str(out)])
+    main([str(run), str(base), str(instruct), *map(str, arguments), "--out", f"{out}.html"])
     assert sorted(path.name for path in out.parent.iterdir()) == ["page.html", "page.md"]
     return [Path(f"{out}.{kind}").read_text(encoding="utf-8") for kind in ("html", "md")]
 
