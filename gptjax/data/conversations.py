@@ -85,7 +85,7 @@ def read_conversations(path: Path) -> Iterator[tuple[str, list[Message]]]:
     """
     lines = _lines(path)
     first = next(lines, "")
-    if not first.startswith("["):
+    if not first.lstrip().startswith("["):
         numbered = enumerate([first, *lines] if first else lines, 1)
         objects = ((f"{path}, line {i}", _parsed(line, f"{path}, line {i}")) for i, line in numbered if line.strip())
     else:
@@ -98,7 +98,7 @@ def read_conversations(path: Path) -> Iterator[tuple[str, list[Message]]]:
 def parse(value: Any, place: str) -> list[Message]:
     """Return the messages of a JSON value, up to the assistant's last. Raises `UserError` if it is no conversation."""
     if not isinstance(value, dict):
-        raise UserError(f"{place} is not a JSON object")
+        raise UserError(f"{place} is not a JSON object: write one conversation a line, or one array of them")
     if "messages" in value:
         turns = _turns(value["messages"], "role", "content", place)
     elif "conversations" in value:
@@ -110,12 +110,14 @@ def parse(value: Any, place: str) -> list[Message]:
         turns = [("user", value["prompt"]), ("assistant", value["response"])]
     else:
         raise UserError(f'{place} has neither "messages" nor "conversations" nor "prompt" and "response"')
+    turns = [(role, _joined(content)) for role, content in turns]
     for number, (role, text) in enumerate(turns, 1):
         here = f"{place}, message {number}"
         if role not in _ROLES:
-            raise UserError(f"{here}: the role {str(role)[:40]!r} is none of {', '.join(_ROLES)}")
+            known = ", ".join(dict.fromkeys([*_ROLES, *_SHAREGPT] if "conversations" in value else _ROLES))
+            raise UserError(f"{here}: the role {str(role)[:40]!r} is none of {known}: rename it or remove the message")
         if not isinstance(text, str):
-            raise UserError(f"{here}: its content is not a text")
+            raise UserError(f"{here}: its content is not a text, nor a list of parts of the type text")
         if role == "assistant" and not text.strip():
             raise UserError(f"{here}: the assistant's turn is empty; write an answer or remove the conversation")
         if any("\ud800" <= character <= "\udfff" for character in text):
@@ -235,8 +237,16 @@ def _turns(values: Any, role: str, content: str, place: str) -> list[tuple[Any, 
     for number, message in enumerate(values, 1):
         for name in (role, content):
             if not isinstance(message, dict) or name not in message:
-                raise UserError(f'{place}, message {number} has no "{name}"')
+                raise UserError(f'{place}, message {number} has no "{name}": add it or remove the conversation')
     return [(message[role], message[content]) for message in values]
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content that is a list of text parts, as in OpenAI's format; any other content as it is."""
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    is_text = texts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if is_text else content
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -260,7 +270,8 @@ def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON: {error}") from error
+        fix = "write one conversation a line, or one array of them"
+        raise UserError(f"{place} is not JSON ({error}): {fix}") from error
 
 
 def _dialogues(path: Path) -> Iterator[tuple[str, list[Message]]]:

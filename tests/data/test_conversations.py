@@ -128,16 +128,17 @@ MISTAKES = {
     ],
     '{"messages": [{"role": "poet", "content": "a"}]}': ["line 2, message 1", "'poet'", "system, developer, user"],
     '{"messages": [{"role": "user", "content": ["a"]}]}': ["line 2, message 1", "not a text"],
+    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': ["line 2, message 1", "not a text"],
     '{"messages": [{"role": "user", "content": "\\ud800"}]}': ["line 2, message 1", "surrogate"],
     '{"messages": [{"role": "user", "content": "a"}]}': ["line 2", "no message of the assistant"],
     '{"messages": []}': ["line 2", "no list of messages"],
     '{"messages": ["a"]}': ["line 2, message 1", 'no "role"'],
     '{"conversations": [{"from": "human", "value": 1}]}': ["line 2, message 1", "not a text"],
-    '{"conversations": [{"from": "bot", "value": "a"}]}': ["line 2, message 1", "'bot'"],
+    '{"conversations": [{"from": "bot", "value": "a"}]}': ["line 2, message 1", "'bot'", "human"],
     '{"conversations": [{"from": ["gpt"], "value": "a"}]}': ["line 2, message 1", "['gpt']"],
     '{"prompt": "a"}': ["line 2", '"messages"', '"response"'],
     "[1]": ["line 2", "not a JSON object"],
-    "{": ["line 2", "not JSON"],
+    "{": ["line 2", "not JSON", "one conversation a line"],
 }
 
 
@@ -151,12 +152,13 @@ def test_each_mistake_in_a_file_is_one_line(tmp_path, line):
 
 def test_all_forms_of_a_conversation_are_read(tmp_path):
     share = '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}'
+    parts = GOOD.replace('"a"', '[{"type": "text", "text": "a"}]')
     pair, more = '{"prompt": "a", "response": "b"}', GOOD.replace("]}", ', {"role": "user", "content": "c"}]}')
-    lines = [GOOD, share, "", pair, more]
-    expected = [json.loads(GOOD)["messages"]] * 4
+    lines = [GOOD, share, "", pair, more, parts]
+    expected = [json.loads(GOOD)["messages"]] * 5
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    (tmp_path / "a.json").write_text("[" + ",\n".join(line for line in lines if line) + "]")
+    (tmp_path / "a.json").write_text(" [" + ",\n".join(line for line in lines if line) + "]")
     for name in ("a.jsonl", "a.jsonl.gz", "a.json"):
         assert [messages for _, messages in read_conversations(tmp_path / name)] == expected
 
