@@ -162,7 +162,8 @@ def _parsed(path: Path, modified: int) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # the library's errors have no common class
         reason = str(error)[:200].encode("unicode_escape").decode()  # it can have names from the file
-        raise UserError(f"{path} is no GGUF file of version 2 or 3, or is damaged ({reason})") from error
+        complaint = f"is no GGUF file of version 2 or 3, or is damaged ({reason})"
+        raise UserError(f"{path} {complaint}: download it again") from error
     if reader.byte_order == "S":
         raise UserError(f"{path} has the other byte order: convert it with gguf's gguf-convert-endian, to little")
     return fields, {tensor.name: tensor for tensor in reader.tensors}
@@ -180,7 +181,7 @@ def _side_files(path: Path, modified: int) -> dict[str, str]:
 def _read_config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     arch, tokens = fields.get("general.architecture"), fields.get("tokenizer.ggml.tokens")
     if arch not in FIELDS:
-        raise UserError(f"{path}: architecture {str(arch)[:80]!r} is none of {', '.join(FIELDS)}")
+        raise UserError(f"{path}: architecture {str(arch)[:80]!r} is none of {', '.join(FIELDS)}; use a model of these")
     own = {name.removeprefix(f"{arch}."): value for name, value in fields.items() if name.startswith(f"{arch}.")}
     missing = [f"{arch}.{name}" for name, theirs in FIELDS[arch].items() if name not in own and theirs not in _OPTIONAL]
     if not isinstance(tokens, list):

@@ -72,7 +72,8 @@ def _require_architecture(config: ModelConfig, family: Family) -> None:
             f": its {family} has no biases",
         ),
     ):
-        config.require(supported, name, f"is in no architecture of llama.cpp{complaint}")
+        fix = "export a folder for transformers instead"
+        config.require(supported, name, f"is in no architecture of llama.cpp{complaint}; {fix}")
 
 
 def _tensors(
