@@ -1,6 +1,7 @@
 """Train a GPT. What a config file sets can be set here too, and wins. Ctrl-C saves and stops; --resume goes on."""
 
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from gptjax.cli import Parser, load_config_file, program
 from gptjax.config import Config, Section, option
-from gptjax.errors import UserError
+from gptjax.errors import LenientOutput, UserError, one_line_errors
 from gptjax.files import locked
 
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
@@ -152,3 +153,9 @@ def _train(arguments: Arguments, given: Config | None, argv: Sequence[str]) -> i
             evaluate(config, run_dir if resume else None, weights, from_step)
             return 0
         return train(config, run_dir, resume, weights, sample, from_step, named)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        sys.stdout = LenientOutput(sys.stdout)
+        sys.exit(main(sys.argv[1:]))
