@@ -95,7 +95,7 @@ EXCEPTIONS = {
     "python sample.py --run out/chat_shakespeare --chat": "asks a person for messages: tests/test_sft.py",
     "python -m gptjax.compare out/overfit smollm2 ...": SMOLLM2,
     "python -m gptjax.evaluate smollm2 ...": SMOLLM2,
-    "python -m gptjax.evaluate out/overfit --text play.txt": "needs the run of configs/overfit.py",
+    "python -m gptjax.evaluate out/overfit ...": "needs the run of configs/overfit.py",
     "python -c ...": "writes a text that comes with Python",
     "llama-completion ...": PROGRAM,
     "llama-server ...": PROGRAM,
