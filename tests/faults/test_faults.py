@@ -88,7 +88,7 @@ MOMENTS = {  # what is there while a run does it
 
 
 @pytest.mark.parametrize(
-    ("n_kills", "n_steps"), [(20, 400), pytest.param(100, 1500, marks=pytest.mark.endurance)], ids=["20", "100"]
+    ("n_kills", "n_steps"), [(8, 160), pytest.param(100, 1500, marks=pytest.mark.endurance)], ids=["8", "100"]
 )
 def test_kills_cost_no_more_than_the_steps_since_the_last_save(runs, n_kills, n_steps):
     """If the last save is under way, the last complete one is at most one more interval older."""
@@ -155,11 +155,11 @@ def test_a_disturbed_run_goes_on_or_saves_and_ends_alike(runs, fault, output):
     disturb, code = FAULTS[fault]
     name = f"fault{list(FAULTS).index(fault)}{bool(output)}"
     run_dir, log = runs.folder / name, runs.folder / f"{name}.log"
-    process = runs.begin(name, "--train.max_steps", 200, output=output)
-    runs.wait_for(lambda: runs.steps(name) > 40)
+    process = runs.begin(name, "--train.max_steps", 80, output=output)
+    runs.wait_for(lambda: runs.steps(name) > 33)  # after the first evaluation
     disturb(run_dir, process)
     assert runs.end() == code, output or log.read_text()
     assert output or "Traceback" not in log.read_text()
-    runs.begin(name, "--train.max_steps", 200)
+    runs.begin(name, "--train.max_steps", 80)
     assert runs.end() == 0
-    runs.assert_same_state(name, runs.whole(200))
+    runs.assert_same_state(name, runs.whole(80))
