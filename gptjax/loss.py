@@ -83,7 +83,7 @@ def _on_mesh(
     piece = partial(form, vocab_size=vocab_size, logit_cap=logit_cap, with_gradient=with_gradient)
     scan = partial(_scan, piece, n_pieces, with_gradient)
     mesh = mesh_in_use()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:  # a CPU would copy the head's gradient in each collective of one device
         return scan(x_BTD, head_VD, targets_BT)
     split = head_VD.shape[0] % mesh.shape["tensor"] == 0  # a small vocabulary may be whole on each device
     scattered = head_VD.shape[1] % mesh.shape["fsdp"] == 0
