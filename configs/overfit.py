@@ -2,8 +2,8 @@
 
     python train.py --config configs/overfit.py
 
-205,760 parameters; 4 minutes of processor time (AMD EPYC, Zen 3). The validation loss is lowest at step 2,250, 2.228 nats
-per character, and 2.459 at step 5,000, while the training loss falls from 1.77 to 1.30 (docs/study.md).
+205,760 parameters; 4 minutes of processor time (AMD EPYC, Zen 3). The validation loss is lowest at step 2,250, 2.228
+nats per character, and 2.459 at step 5,000, while the training loss falls from 1.77 to 1.30 (docs/study.md).
 """
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -244,9 +244,9 @@ def _turns(values: Any, role: str, content: str, place: str) -> list[tuple[Any, 
 def _joined(content: Any) -> Any:
     """The text of a content that is a list of text parts, as in OpenAI's format; any other content as it is."""
     parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    is_text = texts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
-    return "".join(texts) if is_text else content
+    found = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [text for text in found if isinstance(text, str)]
+    return "".join(texts) if texts and len(texts) == len(parts) else content
 
 
 def _lines(path: Path) -> Iterator[str]:
