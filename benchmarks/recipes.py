@@ -9,6 +9,7 @@ machine is.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import asdict, replace
@@ -59,7 +60,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     host.use_cores(arguments.rows, 1)  # Muon's work on each device would be the same
-    dataset = load_dataset(PLAYS)
+    with contextlib.redirect_stdout(sys.stderr):
+        dataset = load_dataset(PLAYS)
     text, held_out = (np.asarray(split.window(0, len(split)), np.int32) for split in (dataset.train, dataset.val))
     recipes = [load_config_file(ROOT / "configs" / f"{name}.py") for name in (MODERN, BASELINE)]
     ours, rival = (scaled(config, arguments.steps, arguments.rows) for config in recipes)
