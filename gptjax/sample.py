@@ -1,12 +1,11 @@
 """Generate text, streamed as it grows: python sample.py --prompt "ROMEO:", or --chat with an instruction model."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gptjax.__main__ import run_command
 from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, Which, parse_arguments, program
 from gptjax.config import Section, option
-from gptjax.errors import one_line_errors
 
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
 
@@ -99,5 +98,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run_command("sample")

@@ -1,16 +1,16 @@
 """Train a GPT. What a config file sets can be set here too, and wins. Ctrl-C saves and stops; --resume goes on."""
 
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from gptjax.__main__ import run_command
 from gptjax.cli import Parser, load_config_file, program
 from gptjax.config import Config, Section, option
-from gptjax.errors import LenientOutput, UserError, one_line_errors
+from gptjax.errors import UserError
 from gptjax.files import locked
 
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
@@ -156,6 +156,4 @@ def _train(arguments: Arguments, given: Config | None, argv: Sequence[str]) -> i
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        sys.stdout = LenientOutput(sys.stdout)
-        sys.exit(main(sys.argv[1:]))
+    run_command("train")

@@ -236,11 +236,14 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(folder, tmp_pat
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_and_a_mistaken_option_do_not_wait_for_jax(command):
-    program = "import sys\nfrom gptjax.__main__ import main\nimport atexit\n"
-    program += "atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr))\nmain()"
+    """By `gptjax COMMAND`, and by `python -m gptjax.COMMAND`."""
+    begin = "import atexit, runpy, sys\nfrom gptjax.__main__ import main\n"
+    begin += "atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr))\n"
+    module = f"sys.argv[:2] = ['{command}']; runpy.run_module('gptjax.{command}', run_name='__main__')"
     wrong = "did you mean" if command in ("train", "sample", "plan") else "arguments are required"
-    for argument, code, words in (("--help", 0, f"usage: gptjax {command} [options]"), ("--sed", 2, "")):
-        arguments = [sys.executable, "-c", program, command, argument]
+    usage = f"usage: gptjax {command} [options]"
+    for run_it, argument, code, words in (("main()", "--help", 0, usage), (module, "--sed", 2, "")):
+        arguments = [sys.executable, "-c", begin + run_it, command, argument]
         done = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
         assert done.returncode == code and done.stdout.startswith(words)
         assert done.stderr.endswith("False\n") and (wrong in done.stderr) == (code == 2), done.stderr

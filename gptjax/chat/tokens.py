@@ -11,6 +11,7 @@ import re
 import secrets
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -23,6 +24,15 @@ _BREAK = "\ud800"  # half of a surrogate pair
 Message = dict[str, str]
 TokenIds = Int32[np.ndarray, " _"]
 Mask = Bool[np.ndarray, " _"]
+
+
+def text_of(content: Any) -> str | None:
+    """The text of a message's content: a string, or OpenAI's list of text parts joined; None for any other content."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(content) else None
 
 
 def encode_chat(

@@ -19,7 +19,7 @@ from gptjax.chat.template import (
     render_examples,
     special_tokens,
 )
-from gptjax.chat.tokens import Mask, Message, TokenIds, encode_example
+from gptjax.chat.tokens import Mask, Message, TokenIds, encode_example, text_of
 from gptjax.config import DataConfig
 from gptjax.data.corpora import download, plays, read_text, speeches
 from gptjax.data.sources import chosen, files_below, format_of
@@ -110,19 +110,19 @@ def parse(value: Any, place: str) -> list[Message]:
         turns = [("user", value["prompt"]), ("assistant", value["response"])]
     else:
         raise UserError(f'{place} has neither "messages" nor "conversations" nor "prompt" and "response"')
-    turns = [(role, _joined(content)) for role, content in turns]
-    for number, (role, text) in enumerate(turns, 1):
+    messages: list[Message] = []
+    for number, (role, content) in enumerate(turns, 1):
         here = f"{place}, message {number}"
         if role not in _ROLES:
             known = ", ".join(dict.fromkeys([*_ROLES, *_SHAREGPT] if "conversations" in value else _ROLES))
             raise UserError(f"{here}: the role {str(role)[:40]!r} is none of {known}: rename it or remove the message")
-        if not isinstance(text, str):
+        if (text := text_of(content)) is None:
             raise UserError(f"{here}: its content is not a text, nor a list of parts of the type text")
         if role == "assistant" and not text.strip():
             raise UserError(f"{here}: the assistant's turn is empty; write an answer or remove the conversation")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UserError(f"{here}: its content is no Unicode, as it has half of a surrogate pair")
-    messages = [{"role": role, "content": text} for role, text in turns]
+        messages.append({"role": role, "content": text})
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
@@ -239,14 +239,6 @@ def _turns(values: Any, role: str, content: str, place: str) -> list[tuple[Any, 
             if not isinstance(message, dict) or name not in message:
                 raise UserError(f'{place}, message {number} has no "{name}": add it or remove the conversation')
     return [(message[role], message[content]) for message in values]
-
-
-def _joined(content: Any) -> Any:
-    """The text of a content that is a list of text parts, as in OpenAI's format; any other content as it is."""
-    parts = content if isinstance(content, list) else []
-    found = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    texts = [text for text in found if isinstance(text, str)]
-    return "".join(texts) if texts and len(texts) == len(parts) else content
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -181,7 +181,9 @@ def _side_files(path: Path, modified: int) -> dict[str, str]:
 def _read_config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     arch, tokens = fields.get("general.architecture"), fields.get("tokenizer.ggml.tokens")
     if arch not in FIELDS:
-        raise UserError(f"{path}: architecture {str(arch)[:80]!r} is none of {', '.join(FIELDS)}; use a model of these")
+        raise UserError(
+            f"{path}: architecture {str(arch)[:80]!r} is none of {', '.join(FIELDS)}; choose a model with one of these"
+        )
     own = {name.removeprefix(f"{arch}."): value for name, value in fields.items() if name.startswith(f"{arch}.")}
     missing = [f"{arch}.{name}" for name, theirs in FIELDS[arch].items() if name not in own and theirs not in _OPTIONAL]
     if not isinstance(tokens, list):

@@ -126,8 +126,8 @@ def _byte_level_fields(values: dict[str, Any], vocab_size: int) -> dict[str, Any
     model = values["model"]
     known = {_rules(json.loads(_with_rules(pre, models.BPE()).to_str())): pre for pre in _PRE}
     if model["type"] != "BPE" or _rules(values) not in known:
-        ours = f"of characters without special tokens, and BPEs by the rules of {', '.join(_PRE)}"
-        raise UserError(f"llama.cpp has no such tokenizer, only those {ours}: export a folder for transformers")
+        supported = f"of characters without special tokens, and BPEs by the rules of {', '.join(_PRE)}"
+        raise UserError(f"llama.cpp has no such tokenizer, only those {supported}: export a folder for transformers")
     if not model["merges"]:
         raise UserError("the tokenizer merges no bytes, and llama.cpp takes a BPE with at least one merge")
     texts = {i: text for text, i in model["vocab"].items()} | {a["id"]: a["content"] for a in values["added_tokens"]}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gptjax.chat.tokens import text_of
 from gptjax.serving.engine import Piece, Token
 
 MAX_CHOICES = 64  # answers of one request: prompts times n
@@ -216,13 +217,9 @@ def _message(i: int, message: Any) -> dict[str, str]:
     role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
     if role not in ("system", "developer", "user", "assistant"):
         raise ApiError(400, f"messages[{i}].role is not system, developer, user or assistant", f"messages[{i}].role")
-    if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        texts = [part for part in parts if isinstance(part, str)]
-        content = "".join(texts) if len(texts) == len(content) else None
-    if not isinstance(content, str):
+    if (text := text_of(content)) is None:
         raise ApiError(400, f"messages[{i}].content is not text", f"messages[{i}].content")
-    return {"role": "system" if role == "developer" else role, "content": content}
+    return {"role": "system" if role == "developer" else role, "content": text}
 
 
 @dataclass
