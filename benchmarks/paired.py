@@ -138,6 +138,10 @@ def show(results: Sequence[Result], arguments: argparse.Namespace, header: bool 
 def _work(make: str, options: str) -> None:
     """In a contender's process: `make` is module:function of this package and returns (facts, function)."""
     module, _, name = make.partition(":")
+    if name.startswith("our_"):  # as each command begins
+        from gptjax.host import keep_freed_memory
+
+        keep_freed_memory()
     facts, function = getattr(__import__(f"benchmarks.{module}", fromlist=[name]), name)(**json.loads(options))
     print("answer", json.dumps(facts), flush=True)
     for _ in sys.stdin:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gptjax.errors import LenientOutput, UserError, one_line_errors
+from gptjax.host import keep_freed_memory
 
 COMMANDS = {  # each is gptjax/NAME.py or gptjax/NAME/__main__.py, with a function main
     "train": "train a GPT, or resume a run",
@@ -46,6 +47,7 @@ def main() -> NoReturn:
 
 def run_command(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command in this process and end it: by default with the arguments of the command line."""
+    keep_freed_memory()
     os.environ.pop("MPLBACKEND", None)  # a notebook's, with which matplotlib may not even be imported
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
 from gptjax.config import Config
+from gptjax.host import keep_all_freed_memory
 from gptjax.sharding import BATCH_AXES, mesh_in_use
 
 CACHED_TOKENS = 2048  # whose activations fit the cache, of all devices together; half as many with dropout
@@ -75,6 +76,20 @@ def split_gradient(gradient: Callable[..., Any], config: Config, mesh: Mesh) -> 
         return mapped(key, params, scale, windows_ABW, numbers)
 
     return whole
+
+
+def keeping_memory(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    """`train_step`, whose memory the process keeps from step to step once the first one has shown how much it is."""
+    first = iter([True])
+
+    def call(*arguments: Any) -> Any:
+        result = train_step(*arguments)
+        if next(first, False):
+            jax.block_until_ready(result)
+            keep_all_freed_memory()
+        return result
+
+    return call
 
 
 def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from gptjax.compilation_cache import cache_compiled_programs
 from gptjax.errors import UserError, first_line
 
 MAX_CPU_DEVICES = 4096
-M_TOP_PAD, M_MMAP_THRESHOLD = -2, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # of glibc's malloc.h
 
 
 def use_cores(rows: int, n_devices: int) -> None:
@@ -69,11 +69,10 @@ def _group_limits(root: Path, controller: str, v2: list[str], v1: list[str]) -> 
 
 
 def prepare() -> None:
-    """Make this process reuse the memory that it frees and the programs that an earlier process compiled.
+    """Make this process reuse the programs that an earlier process compiled.
 
     Raises `UserError` if JAX cannot use the platform that it is told to use.
     """
-    keep_freed_memory()
     cache_compiled_programs()
     import jax
 
@@ -90,15 +89,42 @@ def prepare() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep the memory that a training step frees, so that the next step can use it.
+    """Make glibc keep the arrays of up to 32 MiB that this process frees, so that later ones can use their memory.
 
-    By default glibc returns each large array to the kernel, which then hands it out again page by page. Measured:
+    By default it returns each large array to the kernel, which hands memory out again page by page. Call it before
+    there are threads: what a thread allocates in a heap of its own is returned all the same. Measured:
     docs/performance.md. Other C libraries stay as they are.
     """
+    _mallopt(M_ARENA_MAX, 1)
+    _mallopt(M_TOP_PAD, 64 << 20)
+    _mallopt(M_MMAP_THRESHOLD, 32 << 20)
+
+
+def keep_all_freed_memory() -> None:
+    """Make glibc keep arrays of any size, if there is as much memory again as this process has used so far.
+
+    It may use twice as much then: other arrays take parts of what a training step frees, and leave too little in one
+    piece for the next step.
+    """
+    peak = peak_host_memory()
+    if 2 * peak < usable_memory() and peak < _available_memory():
+        _mallopt(M_MMAP_MAX, 0)
+        _mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def _available_memory() -> float:
+    """Bytes that this machine's processes can still take, as Linux estimates it; infinity where it is unknown."""
+    with contextlib.suppress(OSError, ValueError):
+        [kib] = re.findall(
+            r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE
+        )
+        return 1024.0 * int(kib)
+    return math.inf
+
+
+def _mallopt(name: int, value: int) -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TOP_PAD, 64 << 20)
-        _ = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)  # old versions refuse the first
+        ctypes.CDLL(None).mallopt(name, value)
 
 
 def overlap_options(platform: str, n_devices: int) -> dict[str, bool]:

@@ -240,6 +240,7 @@ def compile_steps(config: Config, mesh: Mesh, ahead: bool = False) -> Steps:
         return cpu.one_at_a_time(call) if mesh.size > 1 and cpu.is_cpu(mesh) else call
 
     options = cpu.RUNS_ONCE if cpu.is_cpu(mesh) else None
+    train = on_mesh(_compiled_ahead(config, mesh) if ahead else _jit_train_step(config, mesh, state))
     evaluate = jax.jit(
         partial(eval_step, config),
         in_shardings=(split.params, batch_sharding(mesh)),
@@ -248,7 +249,7 @@ def compile_steps(config: Config, mesh: Mesh, ahead: bool = False) -> Steps:
     return Steps(
         init=on_mesh(jax.jit(partial(init_state, config), out_shardings=split, compiler_options=options)),
         start=on_mesh(jax.jit(partial(start_state, config), out_shardings=split, donate_argnums=0)),
-        train=on_mesh(_compiled_ahead(config, mesh) if ahead else _jit_train_step(config, mesh, state)),
+        train=cpu.keeping_memory(train) if cpu.is_cpu(mesh) else train,
         evaluate=on_mesh(evaluate),
         state=state,
     )

@@ -1,6 +1,9 @@
 """The machine: the devices, cores and memory that a process can use, and the cache of compiled programs."""
 
 import os
+import platform
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import jax
@@ -41,6 +44,32 @@ def test_the_memory_of_a_process_is_its_control_groups_or_the_machines(tmp_path)
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("1048576\n")
     assert host.usable_memory(tmp_path) == 2**20 < machine
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+@pytest.mark.parametrize(("used", "available", "kept"), [(0.4, 0.5, True), (0.6, 0.7, False), (0.4, 0.3, False)])
+def test_a_process_keeps_the_memory_it_frees_if_there_is_as_much_again(used, available, kept):
+    """An array that a thread allocates after an equal one was freed causes no page faults, or one a page."""
+    code = """
+import resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from gptjax import host
+host.keep_freed_memory()
+used, available = map(float, sys.argv[1:])
+host.peak_host_memory, host.usable_memory, host._available_memory = lambda: used, lambda: 1.0, lambda: available
+host.keep_all_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    len(b'x' * (100 << 20))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+with ThreadPoolExecutor(1) as threads:
+    threads.submit(faults).result()
+    print(threads.submit(faults).result())
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(used), str(available)], capture_output=True, text=True, check=True
+    ).stdout
+    assert int(out) < 10 if kept else int(out) > 40  # pages have up to 2 MiB
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'xyz': unknown")])
