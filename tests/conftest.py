@@ -33,12 +33,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("gptjax", "beartype.beartype")
 
+from gptjax import cpu
 from gptjax.checkpoint import Checkpoints
 from gptjax.model import param_shapes
 from gptjax.run_dir import saved_config
 from gptjax.sharding import one_device, with_shardings
 from gptjax.training import state_shapes
 
+cpu.RUNS_ONCE["xla_backend_optimization_level"] = 0
 # A pytest that runs in the background ignores Ctrl-C, or with nohup SIGHUP; the processes that it starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):

@@ -181,6 +181,7 @@ def run(command, options, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     try:
         here = ["--num_processes", "1", "--cpu_devices", "8"]  # JAX may run in this process already, with 8 devices
+        here += [] if "--mesh" in command else ["--mesh.data", "1"]
         words += here if words[0] in ("train.py", "train") else []
         if program == "gptjax":
             monkeypatch.setattr(sys, "argv", [program, *words])

@@ -101,7 +101,9 @@ def test_before_the_first_step_a_few_batches_are_enough(data, run, params, tmp_p
 
 def test_best_and_latest_are_both_kept_and_an_overfitting_run_can_stop_early(data, run, tmp_path, capsys):
     """At this learning rate the validation loss soon rises again."""
-    config = config_with(data, optimizer=OptimizerConfig(learning_rate=0.3, warmup_steps=0, grad_clip=0.0))
+    config = config_with(
+        data, optimizer=OptimizerConfig(learning_rate=0.3, warmup_steps=0, grad_clip=0.0), mesh=MeshConfig(data=1)
+    )
     config = with_train(config, max_steps=400, patience=3, eval_interval=2)
     assert train(config, tmp_path / "run", resume=False) == 0
     metrics = read_metrics(tmp_path / "run" / "metrics.csv")

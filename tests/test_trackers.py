@@ -11,7 +11,7 @@ import jax
 import pytest
 from tensorboardX import proto
 
-from gptjax.config import Config, DataConfig, ModelConfig, TrainConfig
+from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.loop import train
 from gptjax.trackers import TensorBoard, require_trackers
@@ -40,6 +40,7 @@ def run(tmp_path_factory):
         data=DataConfig(source=str(folder / "text.txt"), dir=str(folder / "data")),
         model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, dtype="float32"),
         train=TrainConfig(max_steps=6, batch_size=8, eval_interval=3, log_interval=1, profile="3:4"),
+        mesh=MeshConfig(data=1),
     )
     assert train(config, folder / "run", resume=False, sample=lambda _, step: f"text of\nstep {step}") == 0
     return folder / "run"

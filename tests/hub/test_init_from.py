@@ -94,7 +94,7 @@ def origin(folder, scramble):
 def run(train, folder, origin):
     """Four steps from the folder on, with half its positions; beside it "half", the same run with two steps."""
     for name, steps in (("half", 2), ("run", 4)):
-        arguments = ["--init_from", origin, "--model.block_size", "8", "--train.max_steps", steps]
+        arguments = ["--init_from", origin, "--model.block_size", "8", "--train.max_steps", steps, "--mesh.data", "1"]
         assert train(*arguments, "--out_dir", folder / name) == 0
     return folder / "run"
 
@@ -103,7 +103,7 @@ def run(train, folder, origin):
 def second(train, folder, run):
     """One step from the run on, with the default block_size and a tokenizer that is named: a copy of its own."""
     tokenizer_of(LETTERS).save(folder / "same.json")
-    named = ["--data.tokenizer", folder / "same.json", "--train.max_steps", "1"]
+    named = ["--data.tokenizer", folder / "same.json", "--train.max_steps", "1", "--mesh.data", "1"]
     assert train(*named, "--init_from", run, "--out_dir", folder / "second") == 0
     return folder / "second"
 
