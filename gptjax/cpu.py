@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
+from gptjax import host
 from gptjax.config import Config
-from gptjax.host import keep_all_freed_memory
 from gptjax.sharding import BATCH_AXES, mesh_in_use
 
 CACHED_TOKENS = 2048  # whose activations fit the cache, of all devices together; half as many with dropout
@@ -80,13 +80,16 @@ def split_gradient(gradient: Callable[..., Any], config: Config, mesh: Mesh) -> 
 
 def keeping_memory(train_step: Callable[..., Any]) -> Callable[..., Any]:
     """`train_step`, whose memory the process keeps from step to step once the first one has shown how much it is."""
-    first = iter([True])
+    limit = None
 
     def call(*arguments: Any) -> Any:
+        nonlocal limit
         result = train_step(*arguments)
-        if next(first, False):
+        if limit is None:
             jax.block_until_ready(result)
-            keep_all_freed_memory()
+            limit = host.keep_all_freed_memory()
+        elif host.resident_memory() > limit:
+            host.return_freed_memory()
         return result
 
     return call

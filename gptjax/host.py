@@ -14,6 +14,7 @@ from gptjax.compilation_cache import cache_compiled_programs
 from gptjax.errors import UserError, first_line
 
 MAX_CPU_DEVICES = 4096
+KEPT, ROOM = 1.6, 2.5  # of a process's memory in its first step: what it may have between steps, and during one
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # of glibc's malloc.h
 
 
@@ -100,16 +101,32 @@ def keep_freed_memory() -> None:
     _mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
-def keep_all_freed_memory() -> None:
-    """Make glibc keep arrays of any size, if there is as much memory again as this process has used so far.
+def keep_all_freed_memory() -> float:
+    """Make glibc keep arrays of any size, if there is ROOM times the memory that this process has used so far.
 
-    It may use twice as much then: other arrays take parts of what a training step frees, and leave too little in one
-    piece for the next step.
+    Returns how many bytes the process should have between steps, infinity if nothing is kept: above it call
+    `return_freed_memory`. Other arrays take parts of what a training step frees, and leave too little in one piece for
+    the next step.
     """
     peak = peak_host_memory()
-    if 2 * peak < usable_memory() and peak < _available_memory():
+    if ROOM * peak < usable_memory() and (ROOM - 1) * peak < _available_memory():
         _mallopt(M_MMAP_MAX, 0)
         _mallopt(M_TRIM_THRESHOLD, -1)
+        return KEPT * peak
+    return math.inf
+
+
+def return_freed_memory() -> None:
+    """Make glibc return the freed memory that it has kept so far."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_memory() -> int:
+    """The resident set of this process, in bytes; 0 where there is no /proc."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _available_memory() -> float:
