@@ -79,7 +79,7 @@ def split_gradient(gradient: Callable[..., Any], config: Config, mesh: Mesh) -> 
 
 
 def keeping_memory(train_step: Callable[..., Any]) -> Callable[..., Any]:
-    """`train_step`, whose memory the process keeps from step to step once the first one has shown how much it is."""
+    """`train_step`; after its first call, which shows how much memory it takes, the process keeps what it frees."""
     limit = None
 
     def call(*arguments: Any) -> Any:

@@ -14,7 +14,9 @@ from gptjax.compilation_cache import cache_compiled_programs
 from gptjax.errors import UserError, first_line
 
 MAX_CPU_DEVICES = 4096
-KEPT, ROOM = 1.6, 2.5  # of a process's memory in its first step: what it may have between steps, and during one
+# In units of the memory that a process uses up to its first step on CPUs: what it may hold between later steps, and the
+# machine's memory from which on it holds any.
+KEPT, ROOM = 1.6, 2.5
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # of glibc's malloc.h
 
 
@@ -92,34 +94,32 @@ def prepare() -> None:
 def keep_freed_memory() -> None:
     """Make glibc keep the arrays of up to 32 MiB that this process frees, so that later ones can use their memory.
 
-    By default it returns each large array to the kernel, which hands memory out again page by page. Call it before
-    there are threads: what a thread allocates in a heap of its own is returned all the same. Measured:
+    By default it returns a large array to the kernel, which hands memory out again page by page. Call it before there
+    are threads: glibc gives a thread a heap of its own, from which it returns arrays all the same. Measured:
     docs/performance.md. Other C libraries stay as they are.
     """
-    _mallopt(M_ARENA_MAX, 1)
-    _mallopt(M_TOP_PAD, 64 << 20)
-    _mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    _glibc("mallopt", M_ARENA_MAX, 1)
+    _glibc("mallopt", M_TOP_PAD, 64 << 20)
+    _glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
 
 
 def keep_all_freed_memory() -> float:
-    """Make glibc keep arrays of any size, if there is ROOM times the memory that this process has used so far.
+    """Make glibc keep arrays of any size, if the machine has ROOM times the memory that this process has used so far.
 
-    Returns how many bytes the process should have between steps, infinity if nothing is kept: above it call
-    `return_freed_memory`. Other arrays take parts of what a training step frees, and leave too little in one piece for
-    the next step.
+    Returns the resident memory in bytes above which to call `return_freed_memory`, infinity if nothing is kept: now and
+    then a small array is put into the memory that a training step has freed, and the next step takes as much anew.
     """
     peak = peak_host_memory()
-    if ROOM * peak < usable_memory() and (ROOM - 1) * peak < _available_memory():
-        _mallopt(M_MMAP_MAX, 0)
-        _mallopt(M_TRIM_THRESHOLD, -1)
-        return KEPT * peak
-    return math.inf
+    if ROOM * peak >= usable_memory() or (ROOM - 1) * peak >= _available_memory():
+        return math.inf
+    _glibc("mallopt", M_MMAP_MAX, 0)
+    _glibc("mallopt", M_TRIM_THRESHOLD, -1)
+    return KEPT * peak
 
 
 def return_freed_memory() -> None:
-    """Make glibc return the freed memory that it has kept so far."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    """Make glibc return to the kernel what this process has freed so far."""
+    _glibc("malloc_trim", 0)
 
 
 def resident_memory() -> int:
@@ -130,18 +130,17 @@ def resident_memory() -> int:
 
 
 def _available_memory() -> float:
-    """Bytes that this machine's processes can still take, as Linux estimates it; infinity where it is unknown."""
+    """Bytes that Linux could still give to programs; infinity on other systems."""
     with contextlib.suppress(OSError, ValueError):
-        [kib] = re.findall(
-            r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE
-        )
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        [kib] = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
         return 1024.0 * int(kib)
     return math.inf
 
 
-def _mallopt(name: int, value: int) -> None:
+def _glibc(name: str, *arguments: int) -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(name, value)
+        getattr(ctypes.CDLL(None), name)(*arguments)
 
 
 def overlap_options(platform: str, n_devices: int) -> dict[str, bool]:

@@ -40,7 +40,8 @@ from gptjax.run_dir import saved_config
 from gptjax.sharding import one_device, with_shardings
 from gptjax.training import state_shapes
 
-cpu.RUNS_ONCE["xla_backend_optimization_level"] = 0
+cpu.RUNS_ONCE["xla_backend_optimization_level"] = 0  # as XLA_FLAGS above say for all other programs
+
 # A pytest that runs in the background ignores Ctrl-C, or with nohup SIGHUP; the processes that it starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):

@@ -49,7 +49,7 @@ def test_the_memory_of_a_process_is_its_control_groups_or_the_machines(tmp_path)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 @pytest.mark.parametrize(("used", "available", "kept"), [(0.3, 0.5, True), (0.6, 0.95, False), (0.3, 0.4, False)])
 def test_a_process_keeps_the_memory_it_frees_if_there_is_room(used, available, kept):
-    """An array that a thread allocates after an equal one was freed causes no page faults, or one a page."""
+    """An array that a thread allocates after an equal one was freed causes page faults only if that was returned."""
     code = """
 import resource, sys
 from concurrent.futures import ThreadPoolExecutor
