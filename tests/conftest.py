@@ -9,13 +9,17 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 # Before jax reads them. Tests mostly compile, so they use slower programs that compile faster. Processes that they
 # start do so too, apart from those of test_scripts.py and test_golden.py, and share a cache that is not the user's.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # even on a machine with a GPU; test_gpu.py says how to test that
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+if os.environ["JAX_PLATFORMS"] == "cpu":  # a GPU runs what its users run
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    if version("jaxlib") < "0.11":  # newer ones abort at this flag; the older emitters compile in a third of the time
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # only in the first of pytest's processes; the others inherit it
     CACHE = tempfile.TemporaryDirectory(prefix="gptjax-xla-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name

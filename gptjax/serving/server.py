@@ -104,7 +104,7 @@ class Server(uvicorn.Server):
 
     def serve_at(self, listening: socket.socket) -> None:
         """Serve until a signal, and until the engines have ended."""
-        with contextlib.suppress(asyncio.CancelledError):
+        with listening, contextlib.suppress(asyncio.CancelledError):
             self.run(sockets=[listening])
         for served in self._models:
             served.engine.close(time.monotonic())

@@ -80,7 +80,7 @@ class Running:
         listening = listen("127.0.0.1", 0)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # so that unread answers are noticed
         self.port = listening.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url, self._clients = f"http://127.0.0.1:{self.port}", []
         warm_up(self.served)
         self._thread = threading.Thread(target=self.server.serve_at, args=(listening,), daemon=True)
         self._thread.start()
@@ -88,7 +88,9 @@ class Running:
             time.sleep(0.01)
 
     def client(self, key="none", **options):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120, **options)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120, **options)
+        self._clients.append(client)
+        return client
 
     def metric(self, name, **labels):
         """The sum of a metric's values with these labels."""
@@ -110,6 +112,8 @@ class Running:
         self.server.handle_exit(signal.SIGTERM, None)
         self._thread.join(60)
         assert not self._thread.is_alive()
+        for client in self._clients:  # or a later test would get the warning about their sockets
+            client.close()
 
 
 @pytest.fixture(scope="session")
