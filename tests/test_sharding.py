@@ -16,7 +16,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.model import GPT
-from gptjax.sharding import batch_sharding, gathered, make_mesh, path_name, require_memory, spec_of
+from gptjax.sharding import batch_sharding, gathered, make_mesh, path_name, require_memory, spec_of, state_share
 from gptjax.training import Steps, TrainState, compile_steps, loss_sum
 
 CONFIG = Config(
@@ -358,6 +358,13 @@ def test_only_one_axis_can_be_the_rest():
 def test_a_state_that_would_fill_a_device_is_split_by_default(monkeypatch, mesh_config, state_bytes, sizes):
     monkeypatch.setattr("gptjax.sharding.memory", lambda device: 1000)
     assert tuple(make_mesh(mesh_config, 8, state_bytes).shape.values()) == sizes
+
+
+def test_the_data_axis_of_an_accelerator_splits_the_moments():
+    """16 bytes a parameter: its value, gradient and two moments."""
+    axes = {"data": 8, "fsdp": 2, "tensor": 1}
+    assert state_share(1600, axes, "cpu") == 1600 / 2
+    assert state_share(1600, axes, "tpu") == (800 + 800 / 8) / 2
 
 
 @pytest.mark.parametrize(("mesh_config", "fits"), [(MeshConfig(data=2), 500), (MeshConfig(data=1, fsdp=2), 1000)])

@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from gptjax.hub.init_from import open_pretrained
 from gptjax.planning.hlo_cost import Part, Program, jaxpr_flops
 from gptjax.planning.topology import Topology
 from gptjax.resolve import resolve
-from gptjax.sharding import AXES, make_mesh
+from gptjax.sharding import AXES, make_mesh, state_share
 from gptjax.training import state_bytes, trace_train_step
 
 GPT2_TOKENS = 50257
@@ -261,11 +261,10 @@ def candidate_meshes(config: Config, topology: Topology) -> list[MeshConfig]:
     for tensor in sorted(size for size in sizes if size <= 16 and model.n_head % size == 0 == model.kv_heads % size):
         for fsdp in sorted(size for size in sizes if n % (size * tensor) == 0 and model.n_embd % size == 0):
             data = n // (fsdp * tensor)
-            shard = state / (fsdp * tensor)
-            if data in sizes and shard < topology.capacity:
-                found.append(
-                    (shard > topology.capacity / 3, tensor, fsdp, MeshConfig(data * topology.slices, fsdp, tensor))
-                )
+            mesh = MeshConfig(data * topology.slices, fsdp, tensor)
+            share = state_share(state, asdict(mesh), topology.platform)
+            if data in sizes and share < topology.capacity:
+                found.append((share > topology.capacity / 3, tensor, fsdp, mesh))
     return [mesh for *_, mesh in sorted(found, key=lambda each: each[:3])]
 
 
