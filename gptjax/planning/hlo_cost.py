@@ -213,16 +213,11 @@ class Program:
         slices = (i.op == "dynamic-slice" or (i.op in _VIEWS and self._is_scattered(computation, i)) for i in users)
         return bool(users) and all(slices)
 
-    def traffic(self) -> float:
-        """An estimate of the bytes of HBM, not of a TPU's on-chip memory, that a step reads and writes on one device.
-
-        Each instruction reads its operands and writes its result once, or only the part that it slices or updates.
-        """
-        return sum((n_bytes for _, n_bytes, _ in self._movers()), 0.0)
-
     def breakdown(self, similar: bool = False) -> list[Part]:
         """The traffic by direction and part of the model, or by `similar` instructions; the largest first.
 
+        It estimates the bytes of HBM, not of a TPU's on-chip memory, that a step reads and writes on one device:
+        each instruction reads its operands and writes its result once, or only the part that it slices or updates.
         Instructions are similar if they differ in no more than the numbers in their scope. A fusion counts where its
         last operation belongs.
         """
@@ -238,8 +233,18 @@ class Program:
         for name, times in self.runs.items():
             for each in self.computations[name].values():
                 moved = self._moved(self.computations[name], each)
-                if moved and not self._is_excluded(self.computations[name], each):
+                if moved and not self._is_left_out(self.computations[name], each):
                     yield each, times * moved, times
+
+    def _is_left_out(self, computation: _Computation, each: _Instruction) -> bool:
+        """Whether an instruction is excluded, or a copy without a scope, which XLA adds, of or for what is excluded."""
+        if each.op != "copy" or each.scope:
+            return self._is_excluded(computation, each)
+        source, users = computation[each.operands[0]], list(self._users(computation, each))
+        while source.op in _VIEWS:
+            source = computation[source.operands[0]]
+        only_for_it = bool(users) and all(self._is_excluded(computation, user) for user in users)
+        return self._is_excluded(computation, source) or only_for_it
 
     def _is_excluded(self, computation: _Computation, each: _Instruction) -> bool:
         """Whether an instruction is excluded, or all that a fusion computes, or all that use a constant array."""

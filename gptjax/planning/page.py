@@ -40,11 +40,12 @@ def to_text(plan: Plan, name: str, price: float | None, breakdown: bool = False)
     lines += [*_time_lines(plan), "", *_run_lines(plan, price)]
     if breakdown:
         lines += ["", *_breakdown_lines(plan)]
+    if plan.stands_in:
+        lines.append(
+            "Blockwise attention stands in for cuDNN's kernel: memory is its own, traffic is that of a fused kernel."
+        )
     if topology.platform == "gpu":
-        lines += [
-            "Blockwise attention stands in for cuDNN's kernel: memory is its own, traffic is that of a fused kernel.",
-            "JAX takes 75% of a GPU's memory; XLA_PYTHON_CLIENT_MEM_FRACTION changes that.",
-        ]
+        lines.append("JAX takes 75% of a GPU's memory; XLA_PYTHON_CLIENT_MEM_FRACTION changes that.")
     return "\n".join(lines)
 
 

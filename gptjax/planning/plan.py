@@ -51,6 +51,7 @@ class Plan:
     step_flops: float  # of all matmuls that run
     hbm_parts: dict[str, float]  # bytes by use
     hbm_bytes: float = 0.0  # that the step needs
+    stands_in: bool = False  # blockwise attention, for cuDNN's
     fits: bool = False
     compile_seconds: float | None = None  # None: not compiled, since the FLOPs alone take too long
     hbm_traffic_bytes: float = math.nan  # that the step reads and writes
@@ -113,13 +114,15 @@ def make_plan(config: Config, topology: Topology, slower_than: float = math.inf)
     rows = config.train.batch_size // config.train.accumulate
     mesh = make_mesh(config.mesh, rows, state_bytes(config), topology.devices)
     config = replace(config, mesh=MeshConfig(**mesh.shape))
-    if config.model.attention == "cudnn":  # cannot be compiled without cuDNN
+    stands_in = config.model.attention == "cudnn"  # which cannot be compiled without cuDNN
+    if stands_in:
         config = replace(config, model=replace(config.model, attention="blockwise"))
     state, traced = trace_train_step(config, mesh)
     n_params, params = sum(leaf.size for leaf in jax.tree.leaves(state.params)), _shard_bytes(state.params)
     parts = {"parameters": params, "optimizer": _shard_bytes(state) - params}
     all_flops = jaxpr_flops(traced.jaxpr.jaxpr, config.model.local_window)
-    plan = Plan(config, topology, mesh, n_params, float(step_flops(config, state.params)), all_flops, parts)
+    model_flops = float(step_flops(config, state.params))
+    plan = Plan(config, topology, mesh, n_params, model_flops, all_flops, parts, stands_in=stands_in)
     if plan.seconds["flops"] > slower_than:
         return plan
     start = time.perf_counter()
@@ -150,8 +153,8 @@ def bytes_refused(error: Exception) -> float:
 
 
 def _add_memory_and_time(plan: Plan, compiled: Any) -> None:
-    memory, stands_in = compiled.memory_analysis(), plan.config.model.attention == "blockwise"
-    program = Program(compiled.as_text(), plan.mesh.size, excluded="/attention/kernel/" if stands_in else "(?!)")
+    memory = compiled.memory_analysis()
+    program = Program(compiled.as_text(), plan.mesh.size, excluded="/attention/kernel/" if plan.stands_in else "(?!)")
     state = sum(plan.hbm_parts.values())
     plan.hbm_parts |= {
         "padding and batch": memory.argument_size_in_bytes - state,
@@ -160,7 +163,7 @@ def _add_memory_and_time(plan: Plan, compiled: Any) -> None:
     }
     plan.hbm_bytes = sum(plan.hbm_parts.values())
     plan.fits = plan.topology.platform == "tpu" or plan.hbm_bytes <= plan.topology.capacity  # a TPU's compiler refuses
-    kernel = [_kernel_traffic(plan)] if stands_in else []
+    kernel = [_kernel_traffic(plan)] if plan.stands_in else []
     plan.traffic_parts, plan.instructions = [program.breakdown(similar) + kernel for similar in (False, True)]
     plan.hbm_traffic_bytes = sum(part.nbytes for part in plan.traffic_parts)
     plan.collectives = _totals(plan, program)

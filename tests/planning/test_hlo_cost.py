@@ -106,11 +106,15 @@ def test_collectives_of_a_compiled_program():
     assert (found["all-gather"].group, found["all-reduce"].group) == ((0, 1, 2, 3), (0, 4))
 
 
+def traffic(program):
+    return sum(part.nbytes for part in program.breakdown())
+
+
 def test_traffic_of_a_compiled_program():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 32), (32, 16))]
     program = Program(jax.jit(lambda x, y: (x + 1) @ y).lower(*shapes).compile().as_text(), 1)
     # x is read and x + 1 written; that and y are read, and the product is written.
-    assert program.traffic() == 4 * (2 * 64 * 32 + 64 * 32 + 32 * 16 + 64 * 16)
+    assert traffic(program) == 4 * (2 * 64 * 32 + 64 * 32 + 32 * 16 + 64 * 16)
 
 
 def test_the_breakdown_names_the_parts_of_a_step_and_leaves_nothing_out():
@@ -122,10 +126,30 @@ def test_the_breakdown_names_the_parts_of_a_step_and_leaves_nothing_out():
     assert {"attention, forward", "attention, backward", "mlp, forward", "mlp, backward", "optimizer"} <= parts.keys()
     layer = 4 * 3 * 16 * 64  # bytes that the MLP's up and down read at least in each of 2 layers and 2 micro-steps
     assert parts["mlp, forward"].nbytes > 2 * 2 * layer and parts["mlp, forward"].times >= 2 * 2 * 2
-    for similar in (False, True):
-        assert sum(part.nbytes for part in program.breakdown(similar)) == program.traffic()
+    assert sum(part.nbytes for part in program.breakdown(similar=True)) == traffic(program)
     without = {part.name: part for part in Program(text, 1, excluded="/mlp/").breakdown()}
     assert "mlp, forward" not in without and without["loss"] == parts["loss"]
+
+
+COPIES = """HloModule step
+
+ENTRY %main (a: f32[8], b: f32[8]) -> (f32[8], f32[8]) {
+  %a = f32[8]{0} parameter(0), metadata={op_name="a"}
+  %b = f32[8]{0} parameter(1), metadata={op_name="b"}
+  %copy.1 = f32[8]{0} copy(%a)
+  %view = f32[8]{0} bitcast(%copy.1)
+  %kernel = f32[8]{0} negate(%view), metadata={op_name="step/attention/kernel/neg"}
+  %copy.2 = f32[8]{0} copy(%kernel)
+  %copy.3 = f32[8]{0} copy(%b)
+  %other = f32[8]{0} add(%copy.2, %copy.3), metadata={op_name="step/mlp/add"}
+  ROOT %both = (f32[8]{0}, f32[8]{0}) tuple(%other, %copy.3)
+}
+"""
+
+
+def test_copies_that_a_compiler_adds_for_what_is_excluded_are_excluded_too():
+    assert traffic(Program(COPIES, 1)) == 32 * (2 + 2 + 2 + 2 + 3)
+    assert traffic(Program(COPIES, 1, excluded="/attention/kernel/")) == 32 * (2 + 3)
 
 
 # In the form of the TPU compiler's text: a loop whose number of trips is not noted, an all-gather that is spread over a
@@ -201,7 +225,7 @@ def test_a_tpu_program_is_read():
     # A trip reads a layer, whose copy stays on the chip, and writes one, each by a counter; the entry sends and scatters
     # p1.
     stacks, scattered = 2 * (8 * 128 * 2 + 4), 2 * 8 * 128 * 4 + 128 * 4
-    gathered = program.traffic() - 12 * stacks - scattered  # at most: both fusions read a part, one writes the whole
+    gathered = traffic(program) - 12 * stacks - scattered  # at most: both fusions read a part, one writes the whole
     assert 0 <= gathered <= 12 * (2 * 2 * 128 * 2 + 8 * 128 * 2)
 
 
