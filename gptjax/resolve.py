@@ -19,12 +19,12 @@ def resolve(model: ModelConfig, device: Any, *, training: bool = True, packed: b
 
     Sampling and scoring (`training=False`) run on the KV cache or on one short text, so attention is plain and layers
     are looped there; on a CPU activations are float32, since a single row is slower in bfloat16. In float16 only runs
-    sample that trained in it: activations of models that did not can be larger than it holds.
+    sample that trained in it, where the hardware has it: activations of others can be larger than it holds.
     """
     if not training:
-        auto: Any = "bfloat16" if _dtype(device) == "bfloat16" else "float32"
-        dtype = "float32" if device.platform == "cpu" else auto if model.dtype == "auto" else model.dtype
-        return replace(model, dtype=dtype, attention="plain", layers="looped")
+        auto: Any = "bfloat16" if _dtype(device) == "bfloat16" and device.platform != "cpu" else "float32"
+        kept = model.dtype == "float32" or (model.dtype == "float16" and _has_float16(device))
+        return replace(model, dtype=model.dtype if kept else auto, attention="plain", layers="looped")
     if model.dtype == "auto":
         model = replace(model, dtype=_dtype(device))
     if model.layers == "auto":
@@ -39,7 +39,12 @@ def _dtype(device: Any) -> Any:
     faster = {"cpu": multiplies_bfloat16(), "gpu": nvidia is None or nvidia >= (8, 0), "tpu": True}
     if faster.get(device.platform):
         return "bfloat16"
-    return "float16" if device.platform == "gpu" and nvidia is not None and nvidia >= (7, 0) else "float32"
+    return "float16" if nvidia is not None and _has_float16(device) else "float32"
+
+
+def _has_float16(device: Any) -> bool:
+    """Whether the device multiplies float16 faster than float32: AMD's GPUs, and NVIDIA's from 7.0 on."""
+    return device.platform == "gpu" and (_compute_capability(device) or (7, 0)) >= (7, 0)
 
 
 def _attention(model: ModelConfig, device: Any, packed: bool) -> Any:

@@ -23,6 +23,7 @@ def gpu(kind, capability):
 
 H100, A100, B200 = gpu("NVIDIA H100 80GB HBM3", "9.0"), gpu("NVIDIA A100-SXM4-80GB", "8.0"), gpu("NVIDIA B200", "10.0")
 RTX_4090, T4, V100 = gpu("NVIDIA GeForce RTX 4090", "8.9"), gpu("Tesla T4", "7.5"), gpu("Tesla V100-SXM2-16GB", "7.0")
+RTX_5090 = gpu("NVIDIA GeForce RTX 5090", "12.0")
 P100, MI300 = gpu("Tesla P100-PCIE-16GB", "6.0"), gpu("AMD Instinct MI300X", "gfx942")
 APPLE, UNKNOWN = SimpleNamespace(platform="METAL", device_kind="Metal"), SimpleNamespace(platform="new", device_kind="")
 
@@ -48,6 +49,7 @@ APPLE, UNKNOWN = SimpleNamespace(platform="METAL", device_kind="Metal"), SimpleN
         (replace(LONG, dtype="float32"), H100, "blockwise", "unrolled", "float32"),
         (WIDE, H100, "cudnn", "unrolled", "bfloat16"),
         (WIDE, B200, "cudnn", "unrolled", "bfloat16"),
+        (WIDE, RTX_5090, "cudnn", "unrolled", "bfloat16"),
         (WIDER, H100, "blockwise", "unrolled", "bfloat16"),
         (WIDE, A100, "blockwise", "unrolled", "bfloat16"),
         (LONG, A100, "cudnn", "unrolled", "bfloat16"),
@@ -81,7 +83,23 @@ def test_sampling():
     assert (found.attention, found.layers, found.dtype) == ("plain", "looped", "float32")
     assert resolve(replace(SHORT, dtype="float32"), TPU, training=False).dtype == "float32"
     assert [resolve(SHORT, device, training=False).dtype for device in (H100, T4)] == ["bfloat16", "float32"]
-    trained = replace(SHORT, dtype="float16")
-    assert [resolve(trained, device, training=False).dtype for device in (H100, T4, CPU)] == ["float16"] * 2 + [
-        "float32"
-    ]
+
+
+@pytest.mark.parametrize(
+    ("trained_in", "device", "dtype"),
+    [
+        ("float16", H100, "float16"),
+        ("float16", T4, "float16"),
+        ("float16", MI300, "float16"),
+        ("float16", P100, "float32"),
+        ("float16", TPU, "bfloat16"),
+        ("float16", CPU, "float32"),
+        ("bfloat16", H100, "bfloat16"),
+        ("bfloat16", TPU_V2, "bfloat16"),
+        ("bfloat16", T4, "float32"),  # it has no such units
+        ("bfloat16", P100, "float32"),
+        ("bfloat16", UNKNOWN, "float32"),
+    ],
+)
+def test_a_run_samples_in_the_dtype_it_trained_in_where_the_hardware_has_it(trained_in, device, dtype):
+    assert resolve(replace(SHORT, dtype=trained_in), device, training=False).dtype == dtype

@@ -257,9 +257,8 @@ def _load_weights(path: Path, dtype: Dtype) -> tuple[ModelConfig, Any, Tokenizer
 
 
 def _with_dtype(config: ModelConfig, dtype: Dtype) -> ModelConfig:
-    if dtype == "float32" or dtype == "bfloat16":
-        return replace(config, dtype=dtype)
-    return resolve(config, jax.devices()[0], training=False)
+    config = resolve(config, jax.devices()[0], training=False)
+    return replace(config, dtype=dtype) if dtype == "float32" or dtype == "bfloat16" else config
 
 
 def _read_rules(path: Path) -> dict[str, Any]:

@@ -54,6 +54,12 @@ def base(tmp_path_factory, scramble):
     return folder
 
 
+def test_a_dtype_that_is_asked_for_changes_no_other_choice(base):
+    for dtype in ("float32", "bfloat16"):
+        config = LanguageModel.load(str(base), dtype=dtype).config
+        assert (config.dtype, config.attention, config.layers) == (dtype, "plain", "looped")
+
+
 @pytest.fixture(scope="module")
 def variant(base):
     """The folder again, with other files beside the weights."""
