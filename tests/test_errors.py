@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from gptjax.errors import UserError, exit_code_and_message
 
@@ -23,6 +24,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         (PermissionError(errno.EACCES, "Permission denied", "a.bin"), 2, "a.bin: Permission denied"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), 2, "Out of memory allocating 9 bytes"),
         (MemoryError(), 2, "not enough memory"),
+        (JaxRuntimeError("INTERNAL: No valid engine configs for __cudnn$fmha"), 2, "--model.attention blockwise"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, code, words):
