@@ -26,6 +26,7 @@ def main() -> None:
                     partial(Contender, "works:nanogpt_batches", arguments.rival_python, **given),
                 ],
                 arguments.rounds,
+                required=2,
             )
             name = f"data loading, a batch of {work} tokens, against nanoGPT's get_batch"
             show([Result(name, 1e3 * ours.median, 1e3 * rival.median, "ms")], arguments, header=i == 0)

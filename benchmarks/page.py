@@ -24,13 +24,14 @@ def splice(page: Path, text: str) -> None:
 def table(lines: list[dict[str, Any]]) -> str:
     """The results of one machine, and below them the date, versions and command that each row's letter stands for."""
     runs = list(dict.fromkeys(tuple(line[key] for key in RUN) for line in lines))
+    letters = [ascii_lowercase[i % 26] * (1 + i // 26) for i in range(len(runs))]  # a to z, aa, bb
     top, rule = HEADER.split("\n")
     rows = [f"{top} run |", f"{rule}---|"]
     for line in lines:
-        letter = ascii_lowercase[runs.index(tuple(line[key] for key in RUN))]
+        letter = letters[runs.index(tuple(line[key] for key in RUN))]
         rows.append(f"{Result(*(line[key] for key in RESULT)).row()} {letter} |")
     notes = []
-    for letter, (date, python, jax, torch, command) in zip(ascii_lowercase, runs, strict=False):
+    for letter, (date, python, jax, torch, command) in zip(letters, runs, strict=True):
         versions = f"Python {python}, jax {jax}" + (f", PyTorch {torch}" if torch else "")
         notes.append(f"- {letter}: {date}, {versions}" + (f": `{command}`" if command else ""))
     return "\n".join([*rows, "", *notes])

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache
@@ -54,13 +54,14 @@ def circumstances(rival_python: str = sys.executable) -> dict[str, Any]:
         return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip() or None
 
     device = ask(sys.executable, "import jax; print(jax.devices()[0].device_kind)")
-    if device == "cpu":
+    on_cpu = device == "cpu"
+    if on_cpu:
         cpu = dict(re.findall(r"(.+?)\s*: (.*)", Path("/proc/cpuinfo").read_text()))
         device = f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']})"
     options = [option for option in sys.argv[1:] if option != "--json"]
     return {
         "machine": device,
-        "cores": n_cores(),
+        "cores": n_cores() if on_cpu else None,
         "python": platform.python_version(),
         "jax": ask(sys.executable, "import jax; print(jax.__version__)"),
         "torch": ask(rival_python, "import torch; print(torch.__version__)"),
@@ -80,9 +81,11 @@ class Contender:
         self.facts: dict[str, Any] = self._answer()
         self.values: list[float] = []
 
-    def turn(self) -> None:
-        print(file=self._process.stdin, flush=True)
+    def turn(self) -> "Contender":
+        with suppress(BrokenPipeError):  # of a process that has ended, as its answer shows
+            print(file=self._process.stdin, flush=True)
         self.values.append(self._answer())
+        return self
 
     @property
     def median(self) -> float:
@@ -92,7 +95,8 @@ class Contender:
         for line in self._process.stdout:
             if line.startswith("answer "):
                 return json.loads(line.removeprefix("answer "))
-        raise SystemExit(f"{self._process.args} ended with exit code {self._process.wait()}")
+        self._process.communicate()
+        raise SystemExit(f"{' '.join(self._process.args[2:])} ended with exit code {self._process.returncode}")
 
     def __enter__(self) -> "Contender":
         return self
@@ -102,15 +106,27 @@ class Contender:
         self._process.communicate()
 
 
-def in_turn(makers: Sequence[Callable[[], Contender]], rounds: int) -> list[Contender]:
-    """Start all contenders, let each work once unmeasured, then in turn for so many rounds."""
+def in_turn(makers: Sequence[Callable[[], Contender]], rounds: int, required: int = 1) -> list[Any]:
+    """Start all contenders, let each work once unmeasured, then in turn for so many rounds.
+
+    The first `required` must finish. Another that ends before, such as a rival that is not installed, becomes None.
+    """
+
+    def tried(i: int, work: Callable[[], Contender]) -> Contender | None:
+        try:
+            return work()
+        except SystemExit as error:
+            if i < required:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            return None
+
     with ExitStack() as stack:
-        contenders = [stack.enter_context(make()) for make in makers]
+        contenders = [tried(i, lambda make=make: stack.enter_context(make())) for i, make in enumerate(makers)]
         for _ in range(rounds + 1):
-            for contender in contenders:
-                contender.turn()
-        for contender in contenders:
-            del contender.values[0]
+            contenders = [each and tried(i, each.turn) for i, each in enumerate(contenders)]
+        for each in filter(None, contenders):
+            del each.values[0]
         return contenders
 
 

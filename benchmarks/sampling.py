@@ -39,16 +39,18 @@ def main() -> None:
         for dtype in arguments.dtypes if has_ctranslate2 else ():
             rivals |= {f"CTranslate2's {dtype}": ("works:ctranslate2_sampling", {"dtype": dtype})}
         others = [partial(Contender, make, arguments.rival_python, **given, **more) for make, more in rivals.values()]
-        *done, memory = in_turn([*ours, *others, partial(Contender, "works:memory")], arguments.rounds)
+        makers = [*ours, *others, partial(Contender, "works:memory")]
+        *done, memory = in_turn(makers, arguments.rounds, required=len(ours))
         results = []
         for dtype, mine in zip(arguments.dtypes, done, strict=False):
-            limit = 1e3 * mine.facts["bytes"] / 1e9 * min(memory.values) / streams
+            limit = memory and 1e3 * mine.facts["bytes"] / 1e9 * min(memory.values) / streams
             for rival, other in zip(rivals, done[len(ours) :], strict=True):
                 if rival.startswith("CTranslate2") and not rival.endswith(dtype):
                     continue
                 many = f"{streams} stream{'s' if streams > 1 else ''}"
                 title = f"sampling, {work}, {many}, {dtype}, against {rival}"
-                results.append(Result(title, 1e3 * mine.median, 1e3 * other.median, "ms a token", limit))
+                rival_ms = other and 1e3 * other.median
+                results.append(Result(title, 1e3 * mine.median, rival_ms, "ms a token", limit))
         show(results, arguments, header=i == 0)
 
 

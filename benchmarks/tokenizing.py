@@ -19,7 +19,8 @@ def main() -> None:
     for i, work in enumerate(arguments.works):
         given = {"corpus": str(arguments.corpus.resolve())}
         given |= {"vocabulary": str(arguments.vocabulary.resolve())} if work == "bpe" else {}
-        ours, rival = in_turn([partial(Contender, f"works:{make}", **given) for make in WORKS[work]], arguments.rounds)
+        makers = [partial(Contender, f"works:{make}", **given) for make in WORKS[work]]
+        ours, rival = in_turn(makers, arguments.rounds, required=2)
         name = f"tokenizing, {work}, one core, against {'tiktoken' if work == 'bpe' else 'nanoGPT'}"
         result = Result(name, 1e3 * ours.median, 1e3 * rival.median, "ms a million characters")
         show([result], arguments, header=i == 0)

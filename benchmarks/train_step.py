@@ -26,10 +26,10 @@ def main() -> None:
             ],
             arguments.rounds,
         )
-        limit = ours.facts["flops"] / 1e12 * min(peak.values)
+        limit = peak and 1e3 * ours.facts["flops"] / 1e12 * min(peak.values)
         name = f"train step, {work}, {arguments.dtype}, against PyTorch {arguments.rival_dtype}"
         pairs = [(f"{name} compiled", compiled), (f"{name} eager", eager)]
-        results = [Result(name, 1e3 * ours.median, 1e3 * other.median, "ms", 1e3 * limit) for name, other in pairs]
+        results = [Result(name, 1e3 * ours.median, other and 1e3 * other.median, "ms", limit) for name, other in pairs]
         show(results, arguments, header=i == 0)
 
 

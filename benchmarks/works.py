@@ -1,5 +1,6 @@
 """The work of contenders: each function returns facts and a function that works once and returns its seconds."""
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -82,8 +83,11 @@ def our_step(work: str, dtype: str, layers: Any = "auto", piece_share: float = 0
 
 
 def _torch_device() -> str:
-    """A GPU if PyTorch has one, with TF32 matmuls as in nanoGPT."""
+    """A GPU if PyTorch has one, with TF32 matmuls as in nanoGPT; it must where JAX is told to use one."""
     import torch
+
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"PyTorch {torch.__version__} has no CUDA: install a build that has, or name --rival_python")
 
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -10,14 +10,16 @@ import pytest
 
 from gptjax.attention import causal_attention, sequence_attention
 from gptjax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from gptjax.inference.decoder import lay_out
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
+from gptjax.resolve import resolve
 from gptjax.sharding import batch_sharding, make_mesh
 from gptjax.training import compile_steps
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="JAX has no GPU here, or was told to use none")
 
-MODEL = ModelConfig(vocab_size=64, block_size=128, n_layer=2, n_head=2, n_embd=128, dtype="float32")
+MODEL = ModelConfig(vocab_size=64, block_size=128, n_layer=2, n_head=2, n_embd=128)
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +33,7 @@ def devices_of(platform: str):
     return jax.devices(platform)[:1]
 
 
+@pytest.mark.skipif(resolve(MODEL, jax.devices()[0]).attention != "cudnn", reason="cuDNN has no kernel for this GPU")
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 def test_cudnns_attention_is_causal_attention(n_kv_head):
     rng = np.random.default_rng(0)
@@ -50,12 +53,17 @@ def test_cudnns_attention_is_causal_attention(n_kv_head):
         assert np.linalg.norm(ours - theirs) < 0.02 * np.linalg.norm(theirs)
 
 
-@pytest.mark.parametrize("attention", ["plain", "blockwise"])
-def test_steps_on_a_gpu_are_those_on_a_cpu(attention):
-    model, train = replace(MODEL, attention=attention), TrainConfig(batch_size=8, accumulate=2, max_steps=5)
+@pytest.mark.parametrize(
+    ("attention", "dtype", "rtol"),
+    [("plain", "float32", 1e-4), ("blockwise", "float32", 1e-4), ("auto", "auto", 0.01)],
+)
+def test_steps_on_a_gpu_are_those_on_a_cpu(attention, dtype, rtol):
+    train = TrainConfig(batch_size=8, accumulate=2, max_steps=5)
     windows_ABW = np.random.default_rng(0).integers(64, size=(2, 4, 129), dtype=np.int32)
     results = []
     for platform in ("cpu", "gpu"):
+        model = replace(MODEL, attention=attention, dtype=dtype if platform == "gpu" else "float32")
+        model = resolve(model, *devices_of(platform))
         mesh = make_mesh(MeshConfig(), 4, devices=devices_of(platform))
         steps = compile_steps(Config(model=model, train=train), mesh)
         state, losses = steps.init(), []
@@ -64,15 +72,17 @@ def test_steps_on_a_gpu_are_those_on_a_cpu(attention):
             losses.append(float(metrics["train_loss"]))
         results.append(losses)
     assert results[0][-1] < results[0][0] - 0.01
-    np.testing.assert_allclose(results[1], results[0], rtol=1e-4)
+    np.testing.assert_allclose(results[1], results[0], rtol=rtol)
 
 
-def test_a_gpu_generates_what_a_cpu_does(scramble):
-    params, prompts = scramble(MODEL), [np.arange(5, dtype=np.int32), np.arange(40, dtype=np.int32)]
+@pytest.mark.parametrize("form", [lambda params: params, lay_out], ids=["stacked", "laid out"])
+def test_a_gpu_generates_what_a_cpu_does(scramble, form):
+    model = resolve(replace(MODEL, dtype="float32"), jax.devices()[0], training=False)
+    params, prompts = form(scramble(model)), [np.arange(5, dtype=np.int32), np.arange(40, dtype=np.int32)]
     texts = []
     for platform in ("cpu", "gpu"):
         [device] = devices_of(platform)
         with jax.default_device(device):
-            chunks = generate(MODEL, jax.device_put(params, device), prompts, 60, Sampling(temperature=0.0), [0, 1])
+            chunks = generate(model, jax.device_put(params, device), prompts, 60, Sampling(temperature=0.0), [0, 1])
             texts.append(np.hstack([np.asarray(chunk.tokens_BC) for chunk in chunks]))
     np.testing.assert_array_equal(*texts)
