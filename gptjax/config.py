@@ -31,7 +31,7 @@ def option(default: Any, help: str, **notes: Any) -> Any:
 
 MAX_NUMBER = 3.4e38  # of float32
 MAX_STEPS = 2**31 - 1  # of optax's counters
-MAX_SIZE = 2**24  # of an axis: far above every model's, so that a slip of the keyboard is named before memory is taken
+MAX_SIZE = 2**24  # of an axis: far above every model's, so that a typo is reported before memory is allocated
 MAX_LAYERS = 10_000
 
 free = partial(option, free_on_resume=True)
@@ -104,7 +104,8 @@ class DataConfig(Section):
         usual=True,
     )
     format: Literal["text", "chat"] = option(
-        "text", "text, or chat: conversations, written by the model's chat template, of which answers alone are learned"
+        "text",
+        "text, or chat: conversations, rendered by the chat template; only the assistant's messages count in the loss",
     )
     tokenizer: str = free(
         "char", "'char', 'bpe' (trained on the corpus), 'gpt2', or the path of a tokenizer.json", usual=True
@@ -145,7 +146,7 @@ class ModelConfig(Section):
     head_dim: int = option(0, "width of an attention head; 0: n_embd / n_head")
     mlp_width: int = option(0, "width of an MLP's hidden layer; 0: 4 n_embd")
     activation: Literal["gelu_tanh", "gelu_erf", "swiglu", "relu2"] = option(
-        "gelu_tanh", "of the MLP: GPT-2's tanh form of GELU, the exact GELU of nanoGPT, SwiGLU (Llama), or ReLU squared"
+        "gelu_tanh", "the MLP's: GPT-2's tanh form of GELU, nanoGPT's exact GELU, SwiGLU (Llama), or ReLU squared"
     )
     norm: Literal["layernorm", "rmsnorm", "nonparametric_rmsnorm"] = option(
         "layernorm", "LayerNorm (GPT-2), RMSNorm (Llama), or RMSNorm without weights"
@@ -198,8 +199,8 @@ class ModelConfig(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = chosen(
         "auto",
-        "of activations; auto: bfloat16 on TPU, GPUs from 2020 on and, with jax 0.12, CPUs that have it; float16, with "
-        "a loss scale, on NVIDIA's GPUs of 2017 to 2019; else float32",
+        "dtype of activations; auto: bfloat16 on TPU, GPUs from 2020 on and, with jax 0.12, CPUs with it; float16, "
+        "with a loss scale, on NVIDIA's GPUs of 2017 to 2019; else float32",
         usual=True,
     )
 

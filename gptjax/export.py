@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gptjax.cli import MODEL_HELP, GgufType, parse_arguments, program
+from gptjax.cli import CHECKPOINT_HELP, MODEL_HELP, GgufType, parse_arguments, program
 from gptjax.config import Section, argument, option
 from gptjax.errors import UserError, one_line_errors
 
@@ -24,12 +24,15 @@ class Arguments(Section):
     source: str = argument(MODEL_HELP)
     folder: str = argument("what to write: a folder that is new or empty, or a new FILE.gguf")
     format: Literal["auto", "huggingface", "gguf", "stablehlo"] = option(
-        "auto", "weights for transformers, a file for llama.cpp, or programs for jax; auto: by the name, the first two"
+        "auto",
+        "weights for transformers, a file for llama.cpp, or programs for jax; auto: gguf for a .gguf, else huggingface",
     )
-    checkpoint: Literal["best", "latest"] = option("best", "of a run: best by validation loss, or the latest")
+    checkpoint: Literal["best", "latest"] = option("best", CHECKPOINT_HELP)
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "dtype of the weights in a folder")
     type: GgufType = option(
-        "f32", "type of the matrices in a .gguf file; q4_0: with embedding and head in q8_0, rows of odd lengths in f16"
+        "f32",
+        "type of the matrices in a .gguf file; q4_0: with embedding and head in q8_0; q4_0 and q8_0: with matrices in "
+        "f16 whose rows are no multiples of 32",
     )
 
     def validate(self) -> None:

@@ -14,8 +14,8 @@ from gptjax.compilation_cache import cache_compiled_programs
 from gptjax.errors import UserError, first_line
 
 MAX_CPU_DEVICES = 4096
-# In units of the memory that a process uses up to its first step on CPUs: what it may hold between later steps, and the
-# machine's memory from which on it holds any.
+# Multiples of the memory that a process has used up to its first step on CPUs. Above KEPT of it between steps, what is
+# free is returned to the system; on a machine with less than ROOM of it, large arrays are not kept at all.
 KEPT, ROOM = 1.6, 2.5
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # of glibc's malloc.h
 
@@ -106,8 +106,8 @@ def keep_freed_memory() -> None:
 def keep_all_freed_memory() -> float:
     """Make glibc keep arrays of any size, if the machine has ROOM times the memory that this process has used so far.
 
-    Returns the resident memory in bytes above which to call `return_freed_memory`, infinity if nothing is kept: now and
-    then a small array is put into the memory that a training step has freed, and the next step takes as much anew.
+    Returns the resident memory in bytes above which to call `return_freed_memory`, infinity if nothing is kept. It can
+    be reached, since a small array that is put into freed memory splits it, and the next step allocates anew.
     """
     peak = peak_host_memory()
     if ROOM * peak >= usable_memory() or (ROOM - 1) * peak >= _available_memory():

@@ -347,7 +347,7 @@ def _evaluate(run: Run, state: TrainState, progress: Progress, metrics: Metrics,
         if distributed.is_first() and step:
             try:
                 report.plot_losses(run.folder / "metrics.csv", run.folder / "loss.png", title=run.folder.name)
-            except Exception as error:  # no picture is worth the run
+            except Exception as error:  # which must not stop the run
                 metrics.print(f"note: loss.png was not drawn: {first_line(error)}")
     return bool(options.patience) and step - progress.best_step >= options.patience * options.eval_interval
 
@@ -489,7 +489,7 @@ def _report(run: Run, progress: Progress, mfu_per_token_rate: float, samples: di
     facts, next_steps = report.facts(figures), advice(figures)
     try:
         write_page(run.folder, figures, facts, next_steps, samples)
-    except Exception as error:  # nor is any page
+    except Exception as error:  # which must not stop the run
         print(f"note: report.html was not written: {first_line(error)}")
     text = report.run_report(run.folder.name, facts, next_steps, samples.get(progress.best_step))
     write_atomically(run.folder / "report.md", text)

@@ -10,7 +10,7 @@ PATIENCE = 2000  # steps without an overflow after which the scale doubles
 
 
 class LossScale(NamedTuple):
-    """The power of two by which the loss is multiplied before, and its gradient divided after it is taken.
+    """The power of two that multiplies the loss before differentiation and divides its gradient afterwards.
 
     Sources: "Mixed Precision Training" (Micikevicius et al., 2018), section 3.2; the constants are those of PyTorch's
     GradScaler.
@@ -37,5 +37,5 @@ class LossScale(NamedTuple):
 
 
 def is_overflow(loss_finite: bool, gradient_finite: bool, loss_scale: float) -> bool:
-    """Whether a skipped update is the scale's doing, which the next step takes lower, and no divergence."""
+    """Whether an update was skipped for an overflow of the scaled gradient, rather than for divergence."""
     return loss_finite and not gradient_finite and loss_scale > LEAST

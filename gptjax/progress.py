@@ -1,4 +1,4 @@
-"""One look for what takes long: a line on a terminal that shows what is done, and nothing in a pipe or a log."""
+"""Progress of long operations: a line on a terminal, and nothing in a pipe or a log."""
 
 import contextlib
 import sys

@@ -1,4 +1,4 @@
-"""Train a GPT. What a config file sets can be set here too, and wins. Ctrl-C saves and stops; --resume goes on."""
+"""Train a GPT. Options override the config file. Ctrl-C saves and stops; --resume continues."""
 
 import re
 from collections.abc import Sequence
@@ -45,12 +45,12 @@ class Arguments(Section):
     )
     cpu_devices: int | None = cluster(
         None,
-        "CPU devices of a process; none: those of the mesh, or one for a large model with few tokens a step, or as "
-        "many as there are cores and as divide a batch evenly",
+        "CPU devices of a process; none: as many as the mesh options ask for, or else one for a large model with few "
+        "tokens a step, or one for each core, as far as they divide a batch evenly",
     )
     coordinator: str | None = cluster(
         None,
-        "address of process 0, where several processes train one model and no cluster says so",
+        "address of process 0, for several processes that train one model where JAX does not detect the cluster",
         metavar="HOST:PORT",
     )
     num_processes: int | None = cluster(None, "how many processes train; 1: this one alone, whatever the cluster says")

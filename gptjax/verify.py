@@ -27,8 +27,8 @@ class Arguments(Section):
     run: str = argument("folder of a run")
     steps: str | None = option(
         None,
-        "A:B, to compute again the steps after A, or after the last kept state before it, to B; 0 is the initial "
-        "state; none: from the last kept state but one to the last, or from the only one to the end of metrics.csv",
+        "A:B, to compute again up to step B from the newest checkpoint at or before step A (0: from the start); none: "
+        "from the last checkpoint but one to the last, or from the only one to the end of metrics.csv",
     )
 
     def validate(self) -> None:

@@ -1,7 +1,7 @@
 """The ids of a conversation: the chat template alone writes special tokens, and contents of messages are text.
 
-Where a content spells a special token, a character that no text has breaks the spelling before the template is
-rendered. What is whole in the rendered text is the template's own.
+Before the template is rendered, a character that no text contains is inserted into each special token that a message
+spells out. So a special token that is intact in the rendered text comes from the template.
 """
 
 import functools

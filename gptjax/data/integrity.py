@@ -1,4 +1,4 @@
-"""Whole token files: the largest id and a digest of each, found once and remembered beside the files."""
+"""Check token files: the largest id and a digest of each, computed once and cached beside the files."""
 
 import contextlib
 import hashlib

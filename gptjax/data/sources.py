@@ -1,4 +1,4 @@
-"""Which files of a source are read, what is said about the others, and what a file without text is."""
+"""Choose the files of a source to read, report those left out, and recognize files that are not text."""
 
 import os
 import re

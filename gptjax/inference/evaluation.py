@@ -1,4 +1,4 @@
-"""What a model makes of a text and of questions: loss, bits per byte, and accuracy on HellaSwag."""
+"""Evaluate a model: loss and bits per byte of a text, and accuracy on HellaSwag."""
 
 import json
 import math

@@ -308,9 +308,9 @@ class EventStream(Response):
 
 
 class Guard:
-    """Refuses requests without the token, and to a local server those by another name of it.
+    """Refuses requests without the token and, to a local server, those whose Host is another name than its own.
 
-    Another name is how a web page reaches a server on its reader's machine, once the page's own name leads there.
+    The latter prevents DNS rebinding: a web page whose domain comes to resolve to 127.0.0.1 sends that domain as Host.
     """
 
     def __init__(self, app: ASGIApp, token: str | None, hosts: frozenset[str] | None) -> None:
