@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import distributed, environment, flops, report
-from gptjax.advice import advice
+from gptjax import distributed, flops
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig, flat
 from gptjax.data import batches
@@ -23,10 +22,12 @@ from gptjax.data.token_files import Tokens
 from gptjax.distributed import StopSignal
 from gptjax.errors import UserError, first_line
 from gptjax.files import write_atomically
-from gptjax.metrics import Metrics
-from gptjax.profiler import Profiler
 from gptjax.progress import working
-from gptjax.report_page import write_page
+from gptjax.reporting import environment, report
+from gptjax.reporting.advice import advice
+from gptjax.reporting.metrics import Metrics
+from gptjax.reporting.profiler import Profiler
+from gptjax.reporting.report_page import write_page
 from gptjax.resolve import resolve
 from gptjax.run_dir import require_resumable, saved_config
 from gptjax.sharding import batch_sharding, make_mesh, memory, require_memory

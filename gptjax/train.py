@@ -123,8 +123,8 @@ def _train(arguments: Arguments, given: Config | None, argv: Sequence[str]) -> i
     from gptjax.host import use_cores
     from gptjax.hub.init_from import open_pretrained, resumed
     from gptjax.loop import evaluate, train
+    from gptjax.reporting.trackers import require_trackers
     from gptjax.run_dir import can_resume, saved_config
-    from gptjax.trackers import require_trackers
 
     named = {argument.removeprefix("--").partition("=")[0] for argument in argv}
     with (

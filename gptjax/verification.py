@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax import environment
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, flat
 from gptjax.data import batches
@@ -19,7 +18,8 @@ from gptjax.data.prepare import load_dataset
 from gptjax.errors import UserError
 from gptjax.loop import Run, batch_maker, validation_loss
 from gptjax.progress import track
-from gptjax.report import Columns, read_metrics
+from gptjax.reporting import environment
+from gptjax.reporting.report import Columns, read_metrics
 from gptjax.resolve import resolve
 from gptjax.run_dir import saved_config
 from gptjax.sharding import make_mesh

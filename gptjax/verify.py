@@ -45,7 +45,7 @@ class Arguments(Section):
 def main(argv: Sequence[str]) -> int:
     """Verify a run; return 0 if everything agrees, else 1."""
     arguments = parse_arguments(program("verify"), __doc__, argv, Arguments())
-    from gptjax import environment
+    from gptjax.reporting import environment
     from gptjax.run_dir import holds_run, saved_config
     from gptjax.verification import verify
 

@@ -87,7 +87,7 @@ EXCEPTIONS = {
     "gptjax compare out/shakespeare smollm2": SMOLLM2,
     "srun ...": CLUSTER,
     "gcloud ...": CLOUD,
-    f"{FIRST} --train.wandb plays": "needs an account: tests/test_trackers.py",
+    f"{FIRST} --train.wandb plays": "needs an account: tests/reporting/test_trackers.py",
     "gptjax plan --config gpt2_124m --topology v5e:4x4": COMPILERS,
     "python sample.py --run smollm2 ...": SMOLLM2,
     "python train.py --config configs/chat_smollm2.py": SMOLLM2,

@@ -24,7 +24,7 @@ def imports_of(name):
 
 
 def level(name):
-    """0 for the core and data, then the wings in order, then the commands."""
+    """0 for the core, data and reporting, then the wings in order, then the commands."""
     room = name.split(".")[1] if name.startswith("gptjax.") else "commands"
     return WINGS.index(room) + 1 if room in WINGS else len(WINGS) + 1 if room in {*COMMANDS, "commands"} else 0
 

@@ -16,7 +16,7 @@ from gptjax.errors import UserError
 from gptjax.hub.init_from import open_pretrained
 from gptjax.loop import Run, fit_to_data, train, validation_loss
 from gptjax.model import GPT
-from gptjax.report import read_metrics
+from gptjax.reporting.report import read_metrics
 from gptjax.run_dir import load_run
 from gptjax.sharding import make_mesh
 from gptjax.training import compile_steps, loss_sum

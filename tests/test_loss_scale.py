@@ -13,7 +13,7 @@ from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, Optimizer
 from gptjax.errors import UserError
 from gptjax.loop import train
 from gptjax.loss_scale import LEAST, MOST, PATIENCE, LossScale, is_overflow
-from gptjax.metrics import Metrics
+from gptjax.reporting.metrics import Metrics
 from gptjax.sharding import batch_sharding, make_mesh
 from gptjax.training import compile_steps, gradient
 

@@ -24,7 +24,7 @@ from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import Sampling
 from gptjax.loop import train
 from gptjax.model import GPT, param_shapes
-from gptjax.report import read_metrics
+from gptjax.reporting.report import read_metrics
 from gptjax.run_dir import load_run
 from gptjax.sharding import make_mesh, one_device, with_shardings
 from gptjax.training import compile_steps, loss_sum

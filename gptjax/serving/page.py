@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.files import shipped
-from gptjax.report import loss_limits, measured, read_metrics, smooth
+from gptjax.reporting.report import loss_limits, measured, read_metrics, smooth
 from gptjax.serving.served import Served
 
 PAGE = Path(__file__).with_name("page.html")

@@ -12,7 +12,6 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["gptjax"]):
-    from gptjax import environment
     from gptjax.chat.template import find_template, special_tokens
     from gptjax.config import Config
     from gptjax.data.at_scale.documents import Piece, documents
@@ -21,7 +20,8 @@ with atheris.instrument_imports(include=["gptjax"]):
     from gptjax.errors import UserError
     from gptjax.hub.weights import open_weights, stop_ids
     from gptjax.planning.topology import find_topology
-    from gptjax.report import read_metrics
+    from gptjax.reporting import environment
+    from gptjax.reporting.report import read_metrics
     from gptjax.tokenizer import Tokenizer
     from gptjax.vocabulary import read_vocabulary
 

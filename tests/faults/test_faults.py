@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.report import read_metrics
+from gptjax.reporting.report import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SAVE_INTERVAL = 5

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gptjax.train
-from gptjax import host, loop, report
+from gptjax import host, loop
 from gptjax.config import Config, ModelConfig
 from gptjax.data.prepare import load_dataset
 from gptjax.errors import UserError
@@ -21,7 +21,8 @@ from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import SIDE_FILES
 from gptjax.inference.evaluation import text_loss
 from gptjax.inference.language_model import LanguageModel
-from gptjax.report import read_metrics
+from gptjax.reporting import report
+from gptjax.reporting.report import read_metrics
 from gptjax.tokenizer import Tokenizer
 
 # The text has fewer letters, and in another order, which tells its own tokenizer from that of the weights.

@@ -8,13 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import chart, environment
-from gptjax.chart import Line
 from gptjax.config import Config, flat
 from gptjax.errors import UserError
 from gptjax.files import write_atomically
 from gptjax.page import definitions, page
-from gptjax.report import Columns, Figures, count, loss_limits, measured, overfitting_onset, smooth, step_limits
+from gptjax.reporting import chart, environment
+from gptjax.reporting.chart import Line
+from gptjax.reporting.report import (
+    Columns,
+    Figures,
+    count,
+    loss_limits,
+    measured,
+    overfitting_onset,
+    smooth,
+    step_limits,
+)
 
 WARM = "var(--warm)"
 _STYLE = """

@@ -6,10 +6,10 @@ import subprocess
 import jax
 import pytest
 
-from gptjax import environment
 from gptjax.config import Config
-from gptjax.environment import FILE, read, recorded
 from gptjax.errors import UserError
+from gptjax.reporting import environment
+from gptjax.reporting.environment import FILE, read, recorded
 
 
 def record(folder, step, **changes):

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from gptjax.config import Config
 from gptjax.files import replacing
 from gptjax.host import peak_host_memory
-from gptjax.metrics import COLUMNS
+from gptjax.reporting.metrics import COLUMNS
 
 Columns = dict[str, Float[np.ndarray, " R"]]  # a column's name -> its R rows
 

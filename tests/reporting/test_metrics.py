@@ -10,8 +10,8 @@ import pytest
 
 from gptjax.config import Config, ModelConfig, TrainConfig
 from gptjax.errors import UserError
-from gptjax.metrics import COLUMNS, Metrics
-from gptjax.report import read_metrics
+from gptjax.reporting.metrics import COLUMNS, Metrics
+from gptjax.reporting.report import read_metrics
 
 CONFIG = Config(
     model=ModelConfig(block_size=8),
@@ -37,7 +37,7 @@ def run(folder, steps, start=0, seconds=0.0):
 
 
 def test_rows_are_means_since_the_last_row_and_empty_where_nothing_was_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gptjax.metrics.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("gptjax.reporting.metrics.SECONDS_BETWEEN_LINES", 0.0)
     rows = run(tmp_path, range(1, 11))
     assert tuple(rows[0]) == COLUMNS
     assert [(row["step"], row["train_loss"], row["val_loss"]) for row in rows] == [
@@ -95,7 +95,7 @@ def test_a_log_that_cannot_be_written_is_a_note_and_the_run_continues(tmp_path, 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("gptjax.trackers.TensorBoard.write", full)
+    monkeypatch.setattr("gptjax.reporting.trackers.TensorBoard.write", full)
     rows = run(tmp_path, range(1, 11))
     assert [row["step"] for row in rows] == ["2", "4", "6", "8", "10"]
     assert capsys.readouterr().out.count("tensorboard log stopped at step 2: No space left on device") == 1

@@ -18,7 +18,7 @@ from gptjax.config import Config
 from gptjax.errors import UserError, first_line
 from gptjax.files import write_atomically
 from gptjax.loss_scale import is_overflow
-from gptjax.trackers import TensorBoard, WeightsAndBiases
+from gptjax.reporting.trackers import TensorBoard, WeightsAndBiases
 
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second")
 SECONDS_BETWEEN_LINES = 5.0  # where the output is not a terminal

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.advice import advice
 from gptjax.config import Config, MeshConfig
-from gptjax.report import (
+from gptjax.reporting.advice import advice
+from gptjax.reporting.report import (
     Figures,
     facts,
     loss_figure,
@@ -27,7 +27,7 @@ from gptjax.report import (
     run_report,
     smooth,
 )
-from gptjax.report_page import write_page
+from gptjax.reporting.report_page import write_page
 
 COLUMNS = "step,tokens,seconds,train_loss,val_loss,learning_rate,grad_norm,tokens_per_second"
 U_SHAPE = [1.5 + 0.02 * (i - 4) ** 2 for i in range(11)]  # its minimum is 1.5

@@ -88,10 +88,11 @@ def _record(path: Path, start: dict[str, Any]) -> None:
 
 def _code() -> dict[str, str | None]:
     """The commit and the uncommitted changes, if git knows this package, and a hash of the package's source."""
-    package, digest = Path(__file__).parent, hashlib.sha256()
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\n" + path.read_bytes())
-    commit = _git("rev-parse", "HEAD", f"HEAD:./{package.name}/{Path(__file__).name}")  # not one around site-packages
+    here = Path(__file__).relative_to(package.parent).as_posix()
+    commit = _git("rev-parse", "HEAD", f"HEAD:./{here}")  # not one around site-packages
     diff = _git("diff", "--no-ext-diff", "HEAD", "--", ".") if commit else None
     if diff and len(diff) > DIFF_CHARACTERS:
         diff = f"{diff[:DIFF_CHARACTERS]}\n[{len(diff) - DIFF_CHARACTERS:,} more characters]\n"
@@ -100,7 +101,7 @@ def _code() -> dict[str, str | None]:
 
 def _git(*arguments: str) -> str | None:
     """The output of git beside the package; None if it fails or takes long."""
-    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent.parent), *arguments]
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[2]), *arguments]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
             command,

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from gptjax.metrics import Spikes
-from gptjax.report import Figures, measured, overfitting_onset, stepping_share
+from gptjax.reporting.metrics import Spikes
+from gptjax.reporting.report import Figures, measured, overfitting_onset, stepping_share
 
 
 def advice(run: Figures) -> list[str]:

@@ -14,9 +14,9 @@ from tensorboardX import proto
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.loop import train
-from gptjax.trackers import TensorBoard, require_trackers
+from gptjax.reporting.trackers import TensorBoard, require_trackers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def events(folder):
