@@ -192,7 +192,8 @@ class ModelConfig(Section):
         "auto: the hardware's kernel where it supports the model, else blockwise for long contexts",
     )
     layers: Literal["auto", "unrolled", "looped"] = chosen_free(
-        "auto", "in training: unrolled, or a loop, which compiles faster; auto: unrolled on CPU, and on GPU up to 24"
+        "auto",
+        "in training: unrolled, or a loop, which compiles faster; auto: unrolled on CPU, and on GPU and v6e up to 24",
     )
     remat: Literal["none", "dots", "full"] = chosen_free(
         "none", "recompute in the backward pass to save memory: nothing, all but matmuls, or whole layers", usual=True

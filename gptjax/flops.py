@@ -20,6 +20,11 @@ class Peak(NamedTuple):
     bandwidth: float  # bytes/s of device memory
     memory: int  # bytes of device memory, a little more than a program can have
 
+    @property
+    def memory_bound(self) -> bool:
+        """Whether memory, not matmuls, limits a training step: v6e has 560 FLOPs a byte, other TPUs at most 313."""
+        return self.flops > 400 * self.bandwidth
+
 
 # Names as in `device.device_kind`; TFLOP/s, GB/s and GiB per JAX device. "a / 2" is half a chip: on TPU v2, v3 and 7x a
 # JAX device is one of the chip's two cores, on v4 and v5p both cores are one device. FLOP/s are dense: half of a

@@ -14,8 +14,7 @@ from gptjax.sharding import BATCH_AXES, mesh_in_use, platform_in_use
 
 PIECE_BYTES = 256 << 20  # of float32 logits on a device whose memory is unknown, as a CPU's
 PIECE_SHARE = 1 / 16  # of a device's memory otherwise: each further piece reads and writes the head's gradient again
-FLOPS_PER_BYTE = 400  # of a TPU's peaks, above which logits are computed twice: v6e has 560, all others at most 313
-VOCABULARY_PART = 1536  # ids that such a TPU scores at a time: the float32 logits of 8,192 rows take 50 MB on the chip
+VOCABULARY_PART = 1536  # ids that a v6e scores at a time: the float32 logits of 8,192 rows take 50 MB on the chip
 MASKED = -1e30  # the logit of an id that is padding; with -inf the difference of two would be nan
 
 
@@ -35,7 +34,7 @@ def is_bound_by_memory() -> bool:
     """Whether the mesh in use is of TPUs that compute logits twice in less time than they read and write them once."""
     mesh = mesh_in_use()
     peak = device_peak(mesh.abstract_device.device_kind) if platform_in_use() == "tpu" else None
-    return peak is not None and peak.flops > FLOPS_PER_BYTE * peak.bandwidth
+    return peak is not None and peak.memory_bound
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

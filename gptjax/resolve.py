@@ -5,11 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 from gptjax.config import ModelConfig
+from gptjax.flops import device_peak
 from gptjax.host import multiplies_bfloat16
 
 LONG_CONTEXT = 512  # tokens from which blockwise attention is faster than plain (measured: docs/performance.md)
 OLD_TPUS = ("TPU v2", "TPU v3")
-MOST_UNROLLED = 24  # layers that a GPU's compiler unrolls in about a minute
+MOST_UNROLLED = 24  # layers that the compiler of a GPU or TPU unrolls in minutes
 
 
 def resolve(model: ModelConfig, device: Any, *, training: bool = True, packed: bool = False) -> ModelConfig:
@@ -28,7 +29,9 @@ def resolve(model: ModelConfig, device: Any, *, training: bool = True, packed: b
     if model.dtype == "auto":
         model = replace(model, dtype=_dtype(device))
     if model.layers == "auto":
-        unrolled = device.platform == "cpu" or (device.platform == "gpu" and model.n_layer <= MOST_UNROLLED)
+        peak = device_peak(device.device_kind) if device.platform == "tpu" else None
+        gains = device.platform == "gpu" or (peak is not None and peak.memory_bound)
+        unrolled = device.platform == "cpu" or (gains and model.n_layer <= MOST_UNROLLED)
         model = replace(model, layers="unrolled" if unrolled else "looped")
     return replace(model, attention=_attention(model, device, packed)) if model.attention == "auto" else model
 

@@ -14,7 +14,9 @@ LONG = replace(SHORT, block_size=1024)
 WIDE, WIDER = replace(LONG, n_head=2, n_embd=512), replace(LONG, n_head=1, n_embd=512)  # 256 and 512 features a head
 CPU, TPU = SimpleNamespace(platform="cpu"), SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 
-TPU_V2, TPU_V3 = [SimpleNamespace(platform="tpu", device_kind=kind) for kind in ("TPU v2", "TPU v3")]
+TPU_V2, TPU_V3, TPU_V6E = [
+    SimpleNamespace(platform="tpu", device_kind=kind) for kind in ("TPU v2", "TPU v3", "TPU v6 lite")
+]
 
 
 def gpu(kind, capability):
@@ -37,6 +39,8 @@ APPLE, UNKNOWN = SimpleNamespace(platform="METAL", device_kind="Metal"), SimpleN
         (replace(SHORT, block_size=100), TPU, "plain", "looped", "bfloat16"),  # not a multiple of 128
         (replace(LONG, separator=3), TPU, "splash", "looped", "bfloat16"),
         (replace(LONG, window=100), TPU, "splash", "looped", "bfloat16"),
+        (LONG, TPU_V6E, "splash", "unrolled", "bfloat16"),  # bound by memory
+        (replace(LONG, n_layer=MOST_UNROLLED + 1), TPU_V6E, "splash", "looped", "bfloat16"),
         (LONG, TPU_V3, "blockwise", "looped", "bfloat16"),
         (SHORT, TPU_V2, "plain", "looped", "bfloat16"),
         (replace(LONG, dropout=0.1), TPU, "plain", "looped", "bfloat16"),

@@ -259,6 +259,25 @@ def test_the_command_plans_gpt2_for_a_slice(tpu):
     assert "DOES NOT FIT" in planned("--topology", "v5e:2x2", "--train.accumulate", "1")
 
 
+@pytest.mark.parametrize(
+    ("options", "most", "least_mfu"),
+    [
+        pytest.param(
+            "--topology h100:1 --mesh 1x1x1 --train.batch_size 16 --train.accumulate 1 --model.remat none",
+            {"hbm_traffic_bytes": 60e9},
+            0.75,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("--topology v5e:4x4", {"hbm_bytes": 5 * 2**30}, 0.93, marks=pytest.mark.endurance),
+        pytest.param("--topology v6e:8x8 --train.accumulate 1", {}, 0.60, marks=pytest.mark.endurance),
+    ],
+)
+def test_a_step_of_gpt2_moves_no_more_than_it_did(tpu, options, most, least_mfu):
+    found = json.loads(planned("--json", *options.split()))
+    assert {name: found[name] for name, limit in most.items() if found[name] > limit} == {}
+    assert found["mfu_ceiling"] > least_mfu
+
+
 @pytest.mark.slow
 def test_only_the_data_axis_crosses_the_network_between_slices(tpu):
     topology = find_topology("v5e:2x2x2")
@@ -270,6 +289,7 @@ def test_only_the_data_axis_crosses_the_network_between_slices(tpu):
     )
     plan = make_plan(config, topology)
     assert plan.fits and topology.slices == 2 and len({device.slice_index for device in plan.mesh.devices[0].flat}) == 1
+    assert {each.axes for each in plan.collectives if "data" in each.axes} == {"data"}
     # An update's reduce-scatter and all-gather, or an all-reduce, of a quarter of the float32 parameters.
     over = sum(each.bytes for each in plan.collectives if each.axes == "data")
     assert 0.8 < over / (plan.parameters * 4 / 4) < 1.3, [each for each in plan.collectives]
