@@ -18,7 +18,7 @@ PLANS = ROOT / "benchmarks" / "plans.jsonl"
 # Hardware for ten billion tokens: micro-steps of 8 to 32 windows a chip, and dollars per chip-hour (docs/plan.md).
 AFFORDABLE = (
     "--topology v5e-8 --train.accumulate 8 --price 1.2",
-    "--topology v6e-8 --train.accumulate 4 --price 2.7",
+    "--topology v6e-8 --train.accumulate 8 --price 2.7",
     "--topology h100:8 --train.accumulate 2 --price 2.69",
     "--topology rtx4090:1 --train.accumulate 32 --price 0.34",
 )

@@ -2,9 +2,9 @@
 
     python train.py --config configs/gpt2_350m.py
 
-Planned and not yet run (docs/plan.md): on v5e-8 with --mesh.fsdp -1 --mesh.data 1 --train.accumulate 8 it needs 5.1 GiB
-of 15.8 per chip and at least 143 hours; on 8 H100s with --train.accumulate 2, 16.8 GiB and 45 hours. The learning rate
-is GPT-3's for this size (table 2.1). data/openwebtext is that of gpt2_124m.py.
+Not yet run. `python -m gptjax.plan --config configs/gpt2_350m.py --topology v5e-8 --search` finds the mesh and the
+micro-steps for such hardware, with the memory and hours that they take. The learning rate is GPT-3's for this size
+(table 2.1). data/openwebtext is that of gpt2_124m.py.
 """
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

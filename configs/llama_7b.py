@@ -2,9 +2,8 @@
 
     python train.py --config configs/llama_7b.py
 
-Planned and not yet run (docs/plan.md): on v5p-128 (64 chips) with --mesh.data 4 --mesh.fsdp 16 it needs 16.9 GiB of 95
-per chip and at least 82 hours for 147 billion tokens. It does not fit on 8 chips of v5e. Make data/fineweb as
-docs/data.md describes; tokenizer.json is the tokenizer of these shards.
+Not yet run; docs/plan.md has its plan for v5p-128 (64 chips) with --mesh.data 4 --mesh.fsdp 16. It does not fit on 8
+chips of v5e. Make data/fineweb as docs/data.md describes; tokenizer.json is the tokenizer of these shards.
 """
 
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -1,11 +1,15 @@
 """environment.json: what it says about a start of a run, and that it never harms one."""
 
+import hashlib
 import json
 import subprocess
+from pathlib import Path
+from unittest.mock import ANY
 
 import jax
 import pytest
 
+import gptjax
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.reporting import environment
@@ -26,7 +30,10 @@ def test_a_start_is_recorded_with_all_that_its_numbers_depend_on_and_no_secret(t
     assert start["versions"]["jax"] == jax.__version__ and start["hardware"]["devices"] == len(jax.devices())
     assert Config.from_dict(start["config"], tmp_path) == Config() and start["data"] == "fingerprint"
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert start["code"]["commit"] == (head or None) and len(start["code"]["sha256"]) == 64
+    package = Path(gptjax.__file__).parent
+    sources = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    text = b"".join(name.encode() + b"\n" + sources[name].read_bytes() for name in sorted(sources))
+    assert start["code"] == {"commit": head or None, "diff": ANY, "sha256": hashlib.sha256(text).hexdigest()}
 
 
 def test_a_start_replaces_the_entries_of_the_steps_that_it_repeats(tmp_path):
