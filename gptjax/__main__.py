@@ -55,7 +55,8 @@ def run_command(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
     with one_line_errors():
         if name == "train":
             sys.stdout = LenientOutput(sys.stdout)
-        sys.exit(module.main(sys.argv[1:] if arguments is None else arguments))
+        code = module.main(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(code)
 
 
 def complete(line: str) -> NoReturn:

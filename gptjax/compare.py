@@ -4,15 +4,15 @@ Writes compare.html, a self-contained page, and compare.md. An instruction model
 any other model continues the prompt.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax import host
+from gptjax.__main__ import run_command
 from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, Which, parse_arguments, program
 from gptjax.config import Section, argument, option
-from gptjax.errors import UserError, one_line_errors
+from gptjax.errors import UserError
 from gptjax.files import shipped, write_atomically
 
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
@@ -81,5 +81,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run_command("compare")

@@ -4,7 +4,6 @@ The model is any run, Hugging Face folder or ckpt.pt. The loss is over every tok
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import host
+from gptjax.__main__ import run_command
 from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, Which, parse_arguments, program
 from gptjax.config import Section, argument, option
-from gptjax.errors import UserError, one_line_errors
+from gptjax.errors import UserError
 
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
 
@@ -76,5 +76,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run_command("evaluate")

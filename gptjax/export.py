@@ -4,15 +4,15 @@ A folder is for transformers, and a .gguf file for llama.cpp. With --format stab
 programs, for CPU, GPU and TPU, and an example that runs them with jax alone.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gptjax.__main__ import run_command
 from gptjax.cli import CHECKPOINT_HELP, MODEL_HELP, GgufType, parse_arguments, program
 from gptjax.config import Section, argument, option
-from gptjax.errors import UserError, one_line_errors
+from gptjax.errors import UserError
 
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
 
@@ -70,5 +70,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run_command("export")

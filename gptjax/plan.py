@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gptjax.__main__ import run_command
 from gptjax.cli import Parser, load_config_file, program
 from gptjax.config import Config, MeshConfig, Section, option
-from gptjax.errors import one_line_errors
 
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
 
@@ -73,5 +73,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run_command("plan")

@@ -4,15 +4,15 @@ Requests share a batch of slots, and each is answered as if it were alone. The p
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptjax import host
+from gptjax.__main__ import run_command
 from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, Which, parse_arguments, program
 from gptjax.config import Section, argument, option
-from gptjax.errors import UserError, one_line_errors
+from gptjax.errors import UserError
 
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
 
@@ -97,5 +97,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run_command("serve")

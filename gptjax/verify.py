@@ -7,14 +7,14 @@ they do, 1 if something differs, and 2 if nothing can be verified.
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptjax.__main__ import run_command
 from gptjax.cli import parse_arguments, program
 from gptjax.config import Section, argument, option
-from gptjax.errors import UserError, one_line_errors
+from gptjax.errors import UserError
 from gptjax.host import use_cores
 
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
@@ -60,5 +60,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        sys.exit(main(sys.argv[1:]))
+    run_command("verify")

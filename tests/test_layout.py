@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WINGS = ("hub", "inference", "planning", "serving")  # each may import from those before it
-COMMANDS = {"__main__", "compare", "evaluate", "export", "plan", "sample", "serve", "train", "verify"}
+COMMANDS = {"compare", "evaluate", "export", "plan", "sample", "serve", "train", "verify"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in [*(ROOT / "gptjax").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"]
@@ -25,7 +25,7 @@ def imports_of(name):
 
 def level(name):
     """0 for the core, data and reporting, then the wings in order, then the commands."""
-    room = name.split(".")[1] if name.startswith("gptjax.") else "commands"
+    room = name.split(".")[1] if name.startswith("gptjax.") and not name.endswith(".__main__") else "commands"
     return WINGS.index(room) + 1 if room in WINGS else len(WINGS) + 1 if room in {*COMMANDS, "commands"} else 0
 
 

@@ -1,15 +1,14 @@
 """The command line for data: prepare a text, or tokenize a corpus larger than memory."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from gptjax.__main__ import run_command
 from gptjax.cli import parse_arguments, program
 from gptjax.config import DataConfig, Section, argument, option
 from gptjax.data.at_scale.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from gptjax.data.prepare import prepare
-from gptjax.errors import one_line_errors
 
 _HELP: dict[str, Any] = {field.name: field.metadata["help"] for field in dataclasses.fields(DataConfig)}
 
@@ -44,5 +43,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run_command("data")
