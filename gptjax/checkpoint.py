@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from gptjax import distributed
 from gptjax.errors import UserError, first_line
 from gptjax.files import read_json, sync
+from gptjax.sharding import by_path
 
 CHECKSUMS = "sha256.json"  # the SHA-256 of each file of a checkpoint, since Orbax does not detect every corruption
 SPARE_BYTES = 1 << 20  # for a checkpoint's own description, and for the metrics
@@ -224,5 +225,4 @@ def _sha256(path: Path) -> str:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()}

@@ -42,6 +42,11 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree, each by its path as in "layers/mlp/up/kernel"."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def spec_of(name: str) -> P:
     """The table's row for a parameter's path.
 

@@ -22,7 +22,7 @@ from gptjax.reporting import environment
 from gptjax.reporting.report import Columns, read_metrics
 from gptjax.resolve import resolve
 from gptjax.run_dir import saved_config
-from gptjax.sharding import make_mesh
+from gptjax.sharding import by_path, make_mesh
 from gptjax.training import TrainState, compile_steps, state_bytes
 
 TOLERANCE = 0.01  # of a metric, or of the norm of an array
@@ -236,8 +236,8 @@ def _state_differences(record: Record, run: Run, step: int, state: TrainState) -
 
 
 def _named_pairs(tree: str, kept: Any, ours: Any) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    for (path, leaf), own in zip(jax.tree_util.tree_leaves_with_path(kept), jax.tree.leaves(ours), strict=True):
-        yield f"{tree}/{jax.tree_util.keystr(path, simple=True, separator='/')}", np.asarray(leaf), np.asarray(own)
+    for (path, leaf), own in zip(by_path(kept).items(), jax.tree.leaves(ours), strict=True):
+        yield f"{tree}/{path}", np.asarray(leaf), np.asarray(own)
 
 
 def _distance(name: str, kept: np.ndarray, ours: np.ndarray) -> tuple[float, float, str] | None:

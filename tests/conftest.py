@@ -41,7 +41,7 @@ from gptjax import cpu
 from gptjax.checkpoint import Checkpoints
 from gptjax.model import param_shapes
 from gptjax.run_dir import saved_config
-from gptjax.sharding import one_device, with_shardings
+from gptjax.sharding import one_device, path_name, with_shardings
 from gptjax.training import state_shapes
 
 cpu.RUNS_ONCE["xla_backend_optimization_level"] = 0  # as XLA_FLAGS above say for all other programs
@@ -103,7 +103,7 @@ def assert_trees_close() -> Callable[..., None]:
         expected_leaves = dict(jax.tree_util.tree_leaves_with_path(expected))
         assert [path for path, _ in actual_leaves] == list(expected_leaves)
         for path, leaf in actual_leaves:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_name(path)
             other = np.asarray(expected_leaves[path])
             np.testing.assert_allclose(np.asarray(leaf), other, rtol=rtol, atol=atol, err_msg=name)
 

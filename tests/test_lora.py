@@ -11,13 +11,12 @@ import pytest
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.errors import UserError
-from gptjax.hub.families import by_path
 from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import merge_lora
 from gptjax.inference.language_model import LanguageModel
 from gptjax.model import GPT, init_params, param_shapes
 from gptjax.optimizer import freeze
-from gptjax.sharding import make_mesh, one_device, with_shardings
+from gptjax.sharding import by_path, make_mesh, one_device, with_shardings
 from gptjax.tokenizer import Tokenizer
 from gptjax.training import compile_steps, loss_sum
 

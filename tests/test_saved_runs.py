@@ -9,13 +9,13 @@ import hashlib
 import tarfile
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 import gptjax.sample
 import gptjax.train
 from gptjax import export
+from gptjax.sharding import by_path
 
 SAVED = Path(__file__).parent / "saved"
 
@@ -41,8 +41,7 @@ def test_it_resumes_as_if_it_had_never_stopped(folder, state_of):
     options = ["--cpu_devices", "8", "--num_processes", "1"]  # JAX runs here already, with conftest.py's devices
     assert script("train.py")(["--resume", "--out_dir", "run", "--train.max_steps", "8", *options]) == 0
     step, trees = state_of(folder / "run")
-    leaves = jax.tree_util.tree_leaves_with_path(trees)
-    actual = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    actual = by_path(trees)
     with np.load(SAVED / "expected.npz") as expected:
         assert step == 8 and set(actual) == set(expected)
         for name, leaf in actual.items():

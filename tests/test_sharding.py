@@ -16,7 +16,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.model import GPT
-from gptjax.sharding import batch_sharding, gathered, make_mesh, path_name, require_memory, spec_of, state_share
+from gptjax.sharding import batch_sharding, by_path, gathered, make_mesh, require_memory, spec_of, state_share
 from gptjax.training import Steps, TrainState, compile_steps, loss_sum
 
 CONFIG = Config(
@@ -108,8 +108,8 @@ def train(compilations):
         batches = [batch(mesh, step, config.train.accumulate) for step in range(N_STEPS)]
         held_out = batch(mesh, 99)
         born = steps.init()
-        shardings_born = {name: leaf.sharding for name, leaf in leaves(born).items()}
-        sizes = {name: (leaf.addressable_shards[0].data.size, leaf.size) for name, leaf in leaves(born).items()}
+        shardings_born = {name: leaf.sharding for name, leaf in by_path(born).items()}
+        sizes = {name: (leaf.addressable_shards[0].data.size, leaf.size) for name, leaf in by_path(born).items()}
         state, metrics = steps.train(born, batches[0])
         steps.evaluate(state.params, held_out)
         losses = [float(metrics["train_loss"])]
@@ -125,19 +125,15 @@ def train(compilations):
             losses,
             jax.device_get(state.params),
             evaluation,
-            planned={name: leaf.sharding for name, leaf in leaves(steps.state).items()},
+            planned={name: leaf.sharding for name, leaf in by_path(steps.state).items()},
             born=shardings_born,
-            last={name: leaf.sharding for name, leaf in leaves(state).items()},
+            last={name: leaf.sharding for name, leaf in by_path(state).items()},
             shard_sizes=sizes,
             donated=all(leaf.is_deleted() for leaf in jax.tree.leaves(born)),
             compiled_late=late,
         )
 
     return run
-
-
-def leaves(tree):
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def assert_same_training(actual, expected, assert_trees_close):
@@ -288,7 +284,7 @@ def test_state_is_born_sharded_and_stays_so(train, config, mesh_config):
     run = train(config, mesh_config, 1 if config is MICRO else 4)
     absent = ("position_embedding", "bias", "scale") if config is MICRO else ("head",)
     wanted_here = {name for name in WANTED if not name.endswith(absent)}
-    assert leaves(run.params).keys() == wanted_here
+    assert by_path(run.params).keys() == wanted_here
     n_found = 0
     for name, born in run.born.items():
         own = [own for own in WANTED if name.endswith("/" + own)]

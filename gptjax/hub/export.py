@@ -14,8 +14,9 @@ import safetensors.numpy
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.hub.families import Tensor, by_path, config_values, exchange_halves, expected_tensors, family_of
+from gptjax.hub.families import Tensor, config_values, exchange_halves, expected_tensors, family_of
 from gptjax.hub.weights import INDEX, WEIGHTS, merge_lora
+from gptjax.sharding import by_path
 
 
 def export(folder: Path, config: ModelConfig, params: Any, dtype: str, shard_bytes: int = 5_000_000_000) -> None:

@@ -6,14 +6,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.files import read_json
 from gptjax.model import ROPE_HIGH, ROPE_LOW, param_shapes
-from gptjax.sharding import path_name
+from gptjax.sharding import by_path
 
 Family = Literal["gpt2", "nanogpt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "nanochat"]
 
@@ -147,11 +146,6 @@ def exchange_halves(name: str, tensor: np.ndarray, config: ModelConfig, family: 
 def is_redundant(name: str) -> bool:
     """Whether a checkpoint's tensor holds no parameter, but a mask or rotary frequencies."""
     return bool(re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name))
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree of parameters, each by its path as in "layers/mlp/up/kernel"."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def read_config(path: Path) -> tuple[Family, ModelConfig]:

@@ -14,7 +14,7 @@ from gptjax.cli import GgufType
 from gptjax.config import ModelConfig
 from gptjax.files import replacing
 from gptjax.hub.export import gather, rounded
-from gptjax.hub.families import Family, Tensor, by_path, config_values, expected_tensors, family_of
+from gptjax.hub.families import Family, Tensor, config_values, expected_tensors, family_of
 from gptjax.hub.gguf import (
     FIELDS,
     ROPE_FACTORS,
@@ -25,6 +25,7 @@ from gptjax.hub.gguf import (
     tensor_names,
 )
 from gptjax.hub.weights import merge_lora
+from gptjax.sharding import by_path
 
 
 def export_gguf(path: Path, config: ModelConfig, params: Any, kind: GgufType, fields: Mapping[str, Any]) -> None:

@@ -26,7 +26,6 @@ from gptjax.files import read_json
 from gptjax.host import peak_host_memory
 from gptjax.hub.families import (
     Family,
-    by_path,
     exchange_halves,
     expected_tensors,
     is_redundant,
@@ -36,6 +35,7 @@ from gptjax.hub.families import (
 from gptjax.hub.gguf import bundled_model, is_gguf, open_gguf, side_folder
 from gptjax.model import init_params
 from gptjax.progress import track
+from gptjax.sharding import by_path
 
 # Files beside the weights and tokenizer.json of a Hugging Face folder. A run that starts from the folder copies them.
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")

@@ -19,6 +19,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.inference.decoder import hidden, init_cache, logits
 from gptjax.model import KVCache
+from gptjax.sharding import by_path
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 EXAMPLE = Path(__file__).with_name("stablehlo_example.py")
@@ -54,7 +55,8 @@ def export_programs(folder: Path, config: ModelConfig, params: Any) -> None:
         donated = (1,) if name == "decode" else ()
         program = jax.export.export(jax.jit(function, donate_argnums=donated), platforms=PLATFORMS)
         (folder / f"{name}.jax_export").write_bytes(program(abstract, *arguments).serialize())
-    safetensors.numpy.save_file(_flat(params), folder / "weights.safetensors")
+    arrays = {path: np.asarray(leaf) for path, leaf in by_path(params).items()}
+    safetensors.numpy.save_file(arrays, folder / "weights.safetensors")
     facts = {"block_size": config.block_size, "vocab_size": V, "platforms": PLATFORMS, "jax": jax.__version__}
     (folder / "programs.json").write_text(json.dumps(facts, indent=2) + "\n")
     (folder / "run.py").write_text(EXAMPLE.read_text(encoding="utf-8"), encoding="utf-8")
@@ -63,8 +65,3 @@ def export_programs(folder: Path, config: ModelConfig, params: Any) -> None:
 def _plain(cache: Any) -> dict[str, Any]:
     """The cache of all layers as a dictionary, which jax.export stores without help."""
     return {"keys": cache.keys, "values": cache.values}
-
-
-def _flat(params: Any) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}

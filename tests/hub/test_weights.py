@@ -15,12 +15,11 @@ from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
 from gptjax.export import main
 from gptjax.hub.export import export
-from gptjax.hub.families import by_path
 from gptjax.hub.init_from import open_pretrained
 from gptjax.hub.weights import open_weights
 from gptjax.inference.language_model import LanguageModel
 from gptjax.model import init_params, param_shapes
-from gptjax.sharding import make_mesh, one_device, with_shardings
+from gptjax.sharding import by_path, make_mesh, one_device, with_shardings
 from gptjax.tokenizer import Tokenizer
 
 ALPHABET = "".join(map(chr, range(0x100, 0x100 + 1030)))  # 1030 ids, padded to 1152 rows
