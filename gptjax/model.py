@@ -307,9 +307,9 @@ def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -
     return module.param(name, init, shape)
 
 
-def n_input_axes(path: tuple[Any, ...]) -> int:
-    """How many leading axes of the kernel at this path are inputs of its matmul: heads and their width for "out"."""
-    return 2 if path[-2].key == "out" else 1
+def n_input_axes(name: str) -> int:
+    """How many leading axes of the kernel of this path are inputs of its matmul: heads and their width for "out"."""
+    return 2 if name.endswith("/out/kernel") else 1
 
 
 def rotary_layers(config: ModelConfig) -> Float[Array, " L"] | None:

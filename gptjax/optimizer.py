@@ -9,7 +9,7 @@ import optax.contrib
 
 from gptjax.config import OptimizerConfig
 from gptjax.model import n_input_axes
-from gptjax.sharding import by_layer
+from gptjax.sharding import by_layer, path_name
 
 
 def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
@@ -89,7 +89,7 @@ def _matrix_axes(params: Any) -> Any:
     """Which axes of a kernel [L, *inputs, *outputs] are inputs and which outputs."""
 
     def axes(path: tuple[Any, ...], kernel: Any) -> optax.contrib.MuonDimensionNumbers:
-        first_output = 1 + n_input_axes(path)
+        first_output = 1 + n_input_axes(path_name(path))
         return optax.contrib.MuonDimensionNumbers(
             tuple(range(1, first_output)), tuple(range(first_output, kernel.ndim))
         )

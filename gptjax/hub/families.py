@@ -11,7 +11,7 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.files import read_json
-from gptjax.model import ROPE_HIGH, ROPE_LOW, param_shapes
+from gptjax.model import ROPE_HIGH, ROPE_LOW, n_input_axes, param_shapes
 from gptjax.sharding import by_path
 
 Family = Literal["gpt2", "nanogpt", "llama", "mistral", "qwen2", "qwen3", "smollm3", "nanochat"]
@@ -111,7 +111,7 @@ def expected_tensors(config: ModelConfig, family: Family) -> dict[str, Tensor]:
         layers: list[int | None] = [*range(config.n_layer)] if stacked else [None]
         shape = leaves[path].shape[1:] if stacked else leaves[path].shape
         if is_kernel:
-            n_axes = 2 if path.endswith("out/kernel") else 1  # of inputs: heads and their width
+            n_axes = n_input_axes(path)
             shape = (math.prod(shape[:n_axes]), math.prod(shape[n_axes:]))
         elif path.endswith("/bias"):
             shape = (math.prod(shape),)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gptjax.matmul import Int8, Transposed
 from gptjax.model import n_input_axes
+from gptjax.sharding import path_name
 
 
 def transpose(layer: Any) -> Any:
@@ -34,7 +35,7 @@ def quantize(params: Any) -> Any:
 def _transposed(path: tuple[Any, ...], kernel: jax.Array, n_layer_axes: int = 0) -> jax.Array:
     """A kernel as [outputs, inputs], with its layer axis, if any, in front."""
     layers, rest = kernel.shape[:n_layer_axes], kernel.shape[n_layer_axes:]
-    n_in = math.prod(rest[: n_input_axes(path)])
+    n_in = math.prod(rest[: n_input_axes(path_name(path))])
     return kernel.reshape(*layers, n_in, -1).swapaxes(-1, -2)
 
 
