@@ -70,9 +70,9 @@ def read(
     return prefill(config, params, cache, jnp.asarray(tokens_BT), offset_B, jnp.array(lengths, jnp.int32))
 
 
-def padded_length(length: int, most: int) -> int:
-    """The next power of two, at least 32 and at most `most`: few lengths are few compilations."""
-    return min(max(32, 1 << (length - 1).bit_length()), most)
+def padded_length(length: int, most: int, least: int = 32) -> int:
+    """The next power of two, at least `least` and at most `most`: few lengths are few compilations."""
+    return min(max(least, 1 << (length - 1).bit_length()), most)
 
 
 def draw_and_read(

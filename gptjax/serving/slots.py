@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from gptjax.config import ModelConfig
 from gptjax.inference.decoder import Cache, hidden, init_cache, length_of, logits, widen
-from gptjax.inference.generate import draw_and_read
+from gptjax.inference.generate import draw_and_read, padded_length
 from gptjax.inference.sampling import Sampling, TokenIds, log_probs_of
 from gptjax.model import KVCache
 
@@ -63,7 +63,7 @@ class Slots:
 
     def read(self, slot: int, tokens: TokenIds, start: int, seen: Sequence[int]) -> None:
         """Read a chunk of a slot's text, at positions from `start` on. `seen` are the tokens of the whole text."""
-        width = min(CHUNK, max(NARROWEST, 1 << (len(tokens) - 1).bit_length()))
+        width = padded_length(len(tokens), CHUNK, NARROWEST)
         tokens_1T, seen_V = np.zeros((1, width), np.int32), np.zeros(self.config.padded_vocab_size, bool)
         tokens_1T[0, : len(tokens)] = tokens
         seen_V[np.asarray(seen, np.int32)] = True
