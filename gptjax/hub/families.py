@@ -158,7 +158,7 @@ def parse_config(values: dict[str, Any], path: Path) -> tuple[Family, ModelConfi
     family = values.get("model_type")
     try:
         if family in ("gpt2", *_LLAMAS):
-            return family, within_limits(_gpt2_config(values) if family == "gpt2" else _llama_config(values))
+            return family, with_vocabulary(_gpt2_config(values) if family == "gpt2" else _llama_config(values))
     except KeyError as error:
         raise UserError(f"{path} has no {error.args[0]}") from error
     except (UserError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -166,12 +166,8 @@ def parse_config(values: dict[str, Any], path: Path) -> tuple[Family, ModelConfi
     raise UserError(f"{path}: model_type {family!r} is none of gpt2, {', '.join(_LLAMAS)}")
 
 
-def within_limits(config: ModelConfig) -> ModelConfig:
-    """The config itself. Raises `UserError` for numbers that no model has, before memory is taken in proportion."""
-    for name, value in vars(config).items():
-        most = 10_000 if name == "n_layer" else 1 << 24
-        config.require(not isinstance(value, int) or value <= most, name, f"is more than {most:,}")
-        config.require(not isinstance(value, float) or math.isfinite(value), name, "is not a finite number")
+def with_vocabulary(config: ModelConfig) -> ModelConfig:
+    """The config itself. Raises `UserError` where vocab_size is 0, which stands for the tokenizer's in a run's own."""
     config.require(config.vocab_size > 0, "vocab_size", "is not positive")
     return config
 

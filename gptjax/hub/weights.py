@@ -30,7 +30,7 @@ from gptjax.hub.families import (
     expected_tensors,
     is_redundant,
     read_config,
-    within_limits,
+    with_vocabulary,
 )
 from gptjax.hub.gguf import bundled_model, is_gguf, open_gguf, side_folder
 from gptjax.model import init_params
@@ -328,7 +328,7 @@ def _open_nanogpt(path: Path) -> Weights:
         # Before it had the option `bias` (January 2023), nanoGPT had biases and the tanh form of GELU.
         early: dict[str, Any] = {"activation": "gelu_tanh", "bias": True, "vocab_size": 50257}
         usual = {"activation": "gelu_erf"} if "bias" in arguments else early
-        config = within_limits(ModelConfig(**usual | arguments))
+        config = with_vocabulary(ModelConfig(**usual | arguments))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     state = {name: tensor for name, tensor in state.items() if not is_redundant(name)}
