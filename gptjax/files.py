@@ -23,8 +23,13 @@ class InUse(UserError):
     """Another process holds a folder's lock."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises `UserError` if it cannot be read or holds something else."""
+def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """Return the object in a JSON file, with `missing_ok` an empty one if there is no file.
+
+    Raises `UserError` if the file cannot be read or holds something else.
+    """
+    if missing_ok and not path.exists():
+        return {}
     try:
         return parse_json(path.read_bytes(), path)
     except OSError as error:

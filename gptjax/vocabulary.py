@@ -37,7 +37,7 @@ def read_vocabulary(folder: Path) -> tokenizers.Tokenizer:
         found = f"; its tokenizer.model is not read: {_FIX}" if (folder / "tokenizer.model").exists() else ""
         names = "no tokenizer.json, no vocab.json with merges.txt, no encoder.json with vocab.bpe"
         raise UserError(f"{folder} has {names}{found}")
-    settings = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
+    settings = tokenizer_settings(folder)
     family = _family(folder, settings, paths[0])
     usual = ("bos_token", "eos_token", "unk_token") if family == "gpt2" else ("eos_token", "unk_token", "pad_token")
     settings = dict.fromkeys(usual, END_OF_TEXT) | settings
@@ -59,10 +59,17 @@ def read_vocabulary(folder: Path) -> tokenizers.Tokenizer:
     return library
 
 
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """The fields of special_tokens_map.json and tokenizer_config.json, as far as they exist; of two the latter's."""
+    files = (folder / name for name in ("special_tokens_map.json", "tokenizer_config.json"))
+    first, second = (read_json(file, missing_ok=True) for file in files)
+    return first | second
+
+
 def _family(folder: Path, settings: dict[str, Any], vocabulary: Path) -> str:
     """The family that tokenizer_class, else model_type, else the vocabulary shows. `UserError` for any but two."""
-    named = settings.get("tokenizer_class") or _read(folder / "config.json").get("model_type")
-    if named is None and END_OF_TEXT in _read(vocabulary):
+    named = settings.get("tokenizer_class") or read_json(folder / "config.json", missing_ok=True).get("model_type")
+    if named is None and END_OF_TEXT in read_json(vocabulary):
         return "gpt2"  # Qwen2 has this token beside its vocabulary
     family = str(named).removesuffix("Fast").removesuffix("Tokenizer").lower().replace("qwen3", "qwen2")
     if family not in ("gpt2", "qwen2"):
@@ -80,7 +87,7 @@ def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToke
     special = set(_special(settings))
     return {
         i: AddedToken(name, special=name in special, normalized=name not in special)
-        for name, i in _read(folder / "added_tokens.json").items()
+        for name, i in read_json(folder / "added_tokens.json", missing_ok=True).items()
     }
 
 
@@ -92,7 +99,3 @@ def _special(settings: dict[str, Any]) -> Iterator[str]:
                 text = token.get("content") if isinstance(token, dict) else token
                 if isinstance(text, str):
                     yield text
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}

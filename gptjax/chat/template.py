@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 from gptjax.errors import UserError
 from gptjax.files import read_json
+from gptjax.vocabulary import tokenizer_settings
 
 # ChatML, for models without a template of their own, and its special tokens.
 DEFAULT_TEMPLATE = (
@@ -46,7 +47,7 @@ def find_template(folder: Path) -> str | None:
             return path.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 at byte {error.start}: download it again") from error
-    template = _read(folder / "tokenizer_config.json").get("chat_template")
+    template = read_json(folder / "tokenizer_config.json", missing_ok=True).get("chat_template")
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[-1].get("template") if named else None
@@ -58,14 +59,10 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
     A null in tokenizer_config.json means that there is none. Raises `UserError` for a file that is not readable.
     """
-    tokens = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
-    found = {name: tokens.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    settings = tokenizer_settings(folder)
+    found = {name: settings.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
 
 
 def render(

@@ -186,7 +186,8 @@ def side_files(chat: ChatFormat, folder: Path | None, example: tuple[TokenIds, M
     ids, mask_T = example
     names = {chat.tokenizer.token_id(name): name for name, special in chat.tokenizer.added_tokens.items() if special}
     last = [token for token in ids[mask_T].tolist() if token in names][-1:]
-    values = {name: _settings(folder, name) for name in ("config.json", *SIDE_FILES[1:])}
+    files = ("config.json", *SIDE_FILES[1:])
+    values = {name: read_json(folder / name, missing_ok=True) if folder else {} for name in files}
     stops = values["generation_config.json"].get("eos_token_id", values["config.json"].get("eos_token_id"))
     stops = [stops] if isinstance(stops, int) else stops or []
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -199,10 +200,6 @@ def side_files(chat: ChatFormat, folder: Path | None, example: tuple[TokenIds, M
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
         "generation_config.json": json.dumps(rules, indent=2) + "\n",
     }
-
-
-def _settings(folder: Path | None, name: str) -> dict[str, Any]:
-    return read_json(folder / name) if folder and (folder / name).exists() else {}
 
 
 def _rendered(

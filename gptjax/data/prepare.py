@@ -119,7 +119,7 @@ def _require_format(folder: Path | str, config: DataConfig) -> None:
     """Raise `UserError` unless the token files are of a text, or of conversations, as the config says."""
     if isinstance(folder, str) and config.format == "chat":
         raise UserError(f"data.source={folder} is in a bucket, and conversations are read from a local folder: copy it")
-    made = read_json(folder / MANIFEST) if isinstance(folder, Path) and (folder / MANIFEST).exists() else {}
+    made = read_json(folder / MANIFEST, missing_ok=True) if isinstance(folder, Path) else {}
     if (made.get("format") == "chat") != (config.format == "chat"):
         found, fix = ("conversations", "chat") if config.format == "text" else ("the tokens of a text", "text")
         raise UserError(f"{folder} holds {found}: pass --data.format {fix}, or another --data.source")
@@ -261,7 +261,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _require_unchanged(folder: Path) -> None:
     """Raise `UserError` for a file whose digest is not that in data.json."""
-    digests = read_json(folder / MANIFEST).get("digests") if (folder / MANIFEST).exists() else None
+    digests = read_json(folder / MANIFEST, missing_ok=True).get("digests")
     if isinstance(digests, dict):
         found = _digests(folder)
         for name in (name for name, digest in digests.items() if found.get(name) != digest):

@@ -163,7 +163,7 @@ def tokenizer_of(path: Path, config: ModelConfig) -> str:
 def stop_ids(folder: Path) -> list[int]:
     """The ids that end a text: eos_token_id of generation_config.json, or else of config.json."""
     for path in (folder / "generation_config.json", folder / "config.json"):
-        ends = read_json(path).get("eos_token_id") if path.exists() else None
+        ends = read_json(path, missing_ok=True).get("eos_token_id")
         if ends is not None:
             ends = ends if isinstance(ends, list) else [ends]
             if not all(isinstance(token, int) for token in ends):
@@ -178,7 +178,7 @@ def copy_side_files(source: Path, folder: Path) -> None:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
     path = folder / "generation_config.json"
-    rules = read_json(path) if path.exists() else {}
+    rules = read_json(path, missing_ok=True)
     if rules.get("eos_token_id") is None and (stops := stop_ids(source)):
         path.write_text(json.dumps(rules | {"eos_token_id": stops}, indent=2) + "\n")
 

@@ -263,7 +263,7 @@ def _with_dtype(config: ModelConfig, dtype: Dtype) -> ModelConfig:
 
 def _read_rules(path: Path) -> dict[str, Any]:
     """The sampling rules of a generation_config.json; none if there is no such file."""
-    values = read_json(path) if path.exists() else {}
+    values = read_json(path, missing_ok=True)
     least = {"temperature": 0, "top_k": 0, "top_p": 0, "repetition_penalty": 1e-6}
     defaults = {name: value for name in least if (value := values.get(name)) is not None}
     for name, value in defaults.items():
