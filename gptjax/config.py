@@ -365,6 +365,11 @@ class TrainConfig(Section):
         self.require(ordered, "profile", "is not A:B with steps 1 <= A <= B")
 
     @property
+    def micro_batch_size(self) -> int:
+        """The windows of one micro-step, on all devices."""
+        return self.batch_size // self.accumulate
+
+    @property
     def profiled(self) -> tuple[int, int] | None:
         """The first and the last step to profile."""
         first, _, last = (self.profile or "").partition(":")

@@ -37,7 +37,7 @@ def n_splits(config: Config, mesh: Mesh) -> int:
 
     Measured: docs/performance.md.
     """
-    rows, n_devices = config.train.batch_size // config.train.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, n_devices = config.train.micro_batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
     limit = CACHED_TOKENS // 2 if config.model.drops else CACHED_TOKENS
     even = [n for n in range(1, rows // n_devices + 1) if rows % (n * n_devices) == 0]
     return next((n for n in even if rows // n * config.model.block_size <= limit), even[-1])

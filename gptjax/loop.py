@@ -181,7 +181,7 @@ def _fit_to_devices(config: Config, dataset: Dataset) -> tuple[Config, ModelConf
     config = replace(config, model=replace(config.model, dtype=model.dtype))
     distributed.require_same("config", {"data": dataset.fingerprint(), "jax": jax.__version__} | flat(config))
     n_bytes = state_bytes(config)
-    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate, n_bytes)
+    mesh = make_mesh(config.mesh, config.train.micro_batch_size, n_bytes)
     require_memory(mesh, n_bytes, config.train.batch_size * config.model.block_size)
     config = replace(config, mesh=MeshConfig(**mesh.shape))  # a resumed run on this mesh is equal bit for bit
     return config, model, mesh
@@ -372,7 +372,7 @@ def validation_loss(
     With 0 the split is evaluated whole, each token once. None if `stop` was asked for between two batches.
     """
     tokens, options, block_size = run.dataset.val, run.config.train, run.config.model.block_size
-    rows, n_batches = options.batch_size // options.accumulate, options.eval_batches if n_batches is None else n_batches
+    rows, n_batches = options.micro_batch_size, options.eval_batches if n_batches is None else n_batches
     starts = batches.sequential_starts(len(tokens), block_size)
     if 0 < n_batches * options.batch_size < len(starts):
         starts = starts[np.linspace(0, len(starts) - 1, n_batches * options.batch_size).astype(int)]

@@ -138,11 +138,10 @@ def _train(arguments: Arguments, given: Config | None, argv: Sequence[str]) -> i
         config = given or saved or Config()
         _, config = _parser(arguments, config).parse(argv, arguments, config)
         require_trackers(config)
-        rows = config.train.batch_size // config.train.accumulate
         on_mesh = config.mesh.data * (config.mesh.fsdp or 1) * config.mesh.tensor  # negative: one of them is the rest
         n_processes = distributed.count()
         wanted = cpu.n_devices(config) if on_mesh == -1 else max(0, on_mesh // n_processes)
-        use_cores(rows // n_processes, arguments.cpu_devices or wanted)
+        use_cores(config.train.micro_batch_size // n_processes, arguments.cpu_devices or wanted)
         weights = None
         if config.init_from and saved:
             config = resumed(config, saved, run_dir)

@@ -218,7 +218,7 @@ def _jit_train_step(config: Config, mesh: Mesh, state: TrainState) -> Any:
 def trace_train_step(config: Config, mesh: Mesh) -> tuple[TrainState, jax.stages.Traced]:
     """The state, and the traced training step of `compile_steps`, to compile for devices that need not be present."""
     state, train = state_on_mesh(config, mesh), config.train
-    shape = (train.accumulate, train.batch_size // train.accumulate, config.model.block_size + 1)
+    shape = (train.accumulate, train.micro_batch_size, config.model.block_size + 1)
     windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         return state, _jit_train_step(config, mesh, state).trace(state, windows)

@@ -178,7 +178,7 @@ def _open(record: Record, step: int) -> Run:
     dataset = load_dataset(config.data, config.model.block_size)
     model = resolve(config.model, jax.devices()[0], packed=config.data.format == "chat")
     changes = _changes(start, environment.surroundings()) if start else []
-    rows = config.train.batch_size // config.train.accumulate
+    rows = config.train.micro_batch_size
     try:
         mesh = make_mesh(config.mesh, rows)
     except UserError:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     config, starts = saved_config(folder), environment.read(folder)
     on_cpu = [start["hardware"]["devices"] for start in starts if start["hardware"].get("kind") == "cpu"]
     on_mesh = 0 if starts else math.prod(vars(config.mesh).values())
-    use_cores(config.train.batch_size // config.train.accumulate, max(0, on_mesh, *on_cpu))
+    use_cores(config.train.micro_batch_size, max(0, on_mesh, *on_cpu))
     return verify(folder, starts, arguments.range)
 
 

@@ -44,7 +44,7 @@ def with_train(config, **changes):
 def run_of(config):
     dataset = load_dataset(config.data)
     config = fit_to_data(config, dataset)
-    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulate)
+    mesh = make_mesh(config.mesh, config.train.micro_batch_size)
     return Run(config, None, dataset, mesh, compile_steps(config, mesh), None, None)
 
 

@@ -23,7 +23,7 @@ _RUN_ROW = "  {:<30}{:>13}{:>12}{:>9}{:>10}{:>12}{:>12}"
 def to_text(plan: Plan, name: str, price: float | None, breakdown: bool = False) -> str:
     """One screen of at most 100 columns, and with `breakdown` a second one."""
     train, topology, model, mesh = plan.config.train, plan.topology, plan.config.model, plan.mesh.shape
-    micro_batch = train.batch_size // train.accumulate
+    micro_batch = train.micro_batch_size
     lines = [
         f"{name} on {topology.name}: {plan.mesh.size} x {topology.hardware.kind} "
         f"({' x '.join(f'{axis} {size}' for axis, size in mesh.items())})",

@@ -111,7 +111,7 @@ def make_plan(config: Config, topology: Topology, slower_than: float = math.inf)
     A step whose FLOPs alone take more than `slower_than` seconds is not compiled. Raises `UserError` if the mesh does
     not divide the model or the batch.
     """
-    rows = config.train.batch_size // config.train.accumulate
+    rows = config.train.micro_batch_size
     mesh = make_mesh(config.mesh, rows, state_bytes(config), topology.devices)
     config = replace(config, mesh=MeshConfig(**mesh.shape))
     stands_in = config.model.attention == "cudnn"  # which cannot be compiled without cuDNN

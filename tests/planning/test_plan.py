@@ -199,7 +199,7 @@ def test_search_recommends_the_fastest_that_fits(monkeypatch):
     tried = []
 
     def pretend(config, topology, slower_than=math.inf):
-        rows = config.train.batch_size // config.train.accumulate // (config.mesh.data * config.mesh.fsdp)
+        rows = config.train.micro_batch_size // (config.mesh.data * config.mesh.fsdp)
         remat = config.model.remat
         tried.append((config.mesh, remat, rows))
         flops = 197e12 * 8 * {"none": 0.010, "dots": 0.011, "full": 0.013}[remat]
