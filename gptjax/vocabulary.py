@@ -12,9 +12,10 @@ from gptjax.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 _FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-# Qwen2's words: contractions, letters, single digits, signs with the new lines behind them, white space.
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Words of Qwen2 and, with %s as {1,3}, of Llama 3: contractions, letters, digits, signs with the new lines behind them,
+# white space.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _FIX = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes a tokenizer.json there"
 
@@ -50,7 +51,7 @@ def read_vocabulary(folder: Path) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises no subclass of it
         raise UserError(f"{paths[0]} and the files beside it are not a tokenizer: {first_line(error)}") from error
     if family == "qwen2":
-        words = pre_tokenizers.Split(tokenizers.Regex(_QWEN2), "isolated")
+        words = pre_tokenizers.Split(tokenizers.Regex(WORDS % ""), "isolated")
         pieces = pre_tokenizers.ByteLevel(bool(settings.get("add_prefix_space")), use_regex=False)
         library.pre_tokenizer, library.normalizer = pre_tokenizers.Sequence([words, pieces]), normalizers.NFC()
     for i, token in added.items():

@@ -10,17 +10,15 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from gptjax.errors import UserError
 from gptjax.tokenizer import Tokenizer
+from gptjax.vocabulary import WORDS
 
 _PLAIN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # of tokenizer.ggml.token_type
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 def _words(digits: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_WORDS % digits), "isolated"), _BYTES])
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS % digits), "isolated"), _BYTES])
 
 
 # tokenizer.ggml.pre -> normalizer, pre-tokenizer, and whether a word that is a token is not split further.
