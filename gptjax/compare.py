@@ -13,11 +13,9 @@ from gptjax.__main__ import run_command
 from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, Which, parse_arguments, program
 from gptjax.config import Section, argument, option
 from gptjax.errors import UserError
-from gptjax.files import shipped, write_atomically
+from gptjax.files import PROMPTS, write_atomically
 
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
-
-PROMPTS = shipped("prompts") / "case_study.txt"
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,9 @@ def shipped(folder: str) -> Path:
     return package / folder if (package / folder).is_dir() else package.parent / folder
 
 
+PROMPTS = shipped("prompts") / "case_study.txt"  # one on each line
+
+
 def sync(path: Path) -> None:
     """Return when the file or folder is on disk."""
     try:

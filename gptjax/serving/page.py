@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.files import shipped
+from gptjax.files import PROMPTS
 from gptjax.reporting.report import loss_limits, measured, read_metrics, smooth
 from gptjax.serving.served import Served
 
 PAGE = Path(__file__).with_name("page.html")
-PROMPTS = shipped("prompts") / "case_study.txt"
 POINTS = 300  # of a curve at most
 
 

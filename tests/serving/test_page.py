@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gptjax.serving.page import PROMPTS
+from gptjax.files import PROMPTS
 
 CHROMIUM = shutil.which("chromium")
 NASTY = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>`'\"\\&amp;"
