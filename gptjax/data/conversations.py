@@ -29,7 +29,7 @@ from gptjax.tokenizer import Tokenizer
 
 DIALOGUES = "shakespeare-dialogues"
 # Files that a run of conversations has beside tokenizer.json, as a Hugging Face folder has them.
-SIDE_FILES = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json")
+CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json")
 _BATCH = 1000  # conversations that one process renders
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -179,14 +179,14 @@ def encode(chat: ChatFormat, conversations: Iterable[tuple[str, list[Message]]])
 
 
 def side_files(chat: ChatFormat, folder: Path | None, example: tuple[TokenIds, Mask]) -> dict[str, str]:
-    """Return the texts of SIDE_FILES: the template, the settings in `folder`, and the tokens that end an answer.
+    """Return the texts of CHAT_FILES: the template, the settings in `folder`, and the tokens that end an answer.
 
     These are those of the folder and the last special token of an example's answers.
     """
     ids, mask_T = example
     names = {chat.tokenizer.token_id(name): name for name, special in chat.tokenizer.added_tokens.items() if special}
     last = [token for token in ids[mask_T].tolist() if token in names][-1:]
-    files = ("config.json", *SIDE_FILES[1:])
+    files = ("config.json", *CHAT_FILES[1:])
     values = {name: read_json(folder / name, missing_ok=True) if folder else {} for name in files}
     stops = values["generation_config.json"].get("eos_token_id", values["config.json"].get("eos_token_id"))
     stops = [stops] if isinstance(stops, int) else stops or []

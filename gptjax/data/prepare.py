@@ -110,7 +110,7 @@ def load_dataset(config: DataConfig, block_size: int = 0) -> Dataset:
     if config.format == "text":
         return Dataset(train, val, tokenizer, folder, found)
     packed = [PackedTokens(tokens, block_size) for tokens in (train, val)]
-    names = [name for name in conversations.SIDE_FILES if Path(folder, name).exists()]
+    names = [name for name in conversations.CHAT_FILES if Path(folder, name).exists()]
     texts = {name: Path(folder, name).read_text(encoding="utf-8") for name in names}
     return Dataset(packed[0], packed[1], tokenizer, folder, found, texts)
 
@@ -236,7 +236,7 @@ def _recipe(config: DataConfig, corpus: Corpus | Conversations) -> tuple[dict[st
         recipe["tokenizer"] = str(path.resolve())
         files += [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
         if config.format == "chat" and path.is_file():  # the settings beside it
-            files += [file for name in conversations.SIDE_FILES if (file := path.with_name(name)).exists()]
+            files += [file for name in conversations.CHAT_FILES if (file := path.with_name(name)).exists()]
     return recipe, files
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from gptjax.planning.hlo_cost import Part
 from gptjax.planning.plan import GIB, Plan
 
-LARGEST = 20  # groups of instructions that a breakdown shows
+LARGEST_GROUPS = 20  # groups of instructions that a breakdown shows
 
 NOTES = {
     "parameters": "float32, from shapes and shardings",
@@ -60,7 +60,7 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 def _time_lines(plan: Plan) -> list[str]:
     peak, seconds, total = plan.topology.peak, plan.seconds, sum(each.bytes for each in plan.collectives)
-    teraflops, again = plan.step_flops / plan.mesh.size / 1e12, plan.step_flops / plan.model_flops
+    teraflops, again = plan.executed_flops / plan.mesh.size / 1e12, plan.executed_flops / plan.model_flops
     rows: list[tuple[str, float, str, float | None, float]] = [
         (f"matmuls ({again:.2f} x the model's own FLOPs)", teraflops, "TFLOP", peak.flops / 1e12, seconds["flops"]),
         ("HBM traffic (estimate)", plan.hbm_traffic_bytes / 1e9, "GB", peak.bandwidth / 1e9, seconds["hbm"]),
@@ -79,7 +79,7 @@ def _time_lines(plan: Plan) -> list[str]:
 
 def _breakdown_lines(plan: Plan) -> list[str]:
     """The parts of the model, and the instructions that move most: their traffic, and how many run."""
-    parts, largest = plan.traffic_parts, plan.instructions[:LARGEST]
+    parts, largest = plan.traffic_parts, plan.instructions[:LARGEST_GROUPS]
     total = Part("in all", plan.hbm_traffic_bytes, sum(part.times for part in parts))
     rows: list[tuple[str, list[Part]]] = [
         (f"{'By part of the model':<73}{'GB':>9}{'instructions':>16}", [total, *parts]),
@@ -121,7 +121,7 @@ def to_json(plan: Plan, price: float | None) -> dict[str, Any]:
     timed = {
         "hbm_traffic_bytes": plan.hbm_traffic_bytes,
         "traffic_parts": [part._asdict() for part in plan.traffic_parts],
-        "instructions": [part._asdict() for part in plan.instructions[:LARGEST]],
+        "instructions": [part._asdict() for part in plan.instructions[:LARGEST_GROUPS]],
         "collectives": [asdict(each) for each in plan.collectives],
         "roofline_seconds": least,
         "serial_seconds": most,

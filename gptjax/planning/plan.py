@@ -48,7 +48,7 @@ class Plan:
     mesh: Mesh
     parameters: int
     model_flops: float  # without recomputation, as MFU counts them
-    step_flops: float  # of all matmuls that run
+    executed_flops: float  # of all matmuls that run, recomputed ones too
     hbm_parts: dict[str, float]  # bytes by use
     hbm_bytes: float = 0.0  # that the step needs
     stands_in: bool = False  # blockwise attention, for cuDNN's
@@ -69,7 +69,7 @@ class Plan:
         """How long each of a chip's resources is busy with a step if it runs at its peak."""
         peak = self.topology.peak
         return {
-            "flops": self.step_flops / self.mesh.size / peak.flops,
+            "flops": self.executed_flops / self.mesh.size / peak.flops,
             "hbm": self.hbm_traffic_bytes / peak.bandwidth,
             "links": sum(each.seconds for each in self.collectives) if self.fits else math.nan,
         }

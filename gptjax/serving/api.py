@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptjax.serving.engine import Closing, Piece, QueueFull, Request
-from gptjax.serving.metrics import Metrics
+from gptjax.serving.metrics import ServerMetrics
 from gptjax.serving.page import PAGE, page_data, page_headers
 from gptjax.serving.protocol import ApiError, Reply, parse
 from gptjax.serving.served import Limits, Served
@@ -82,7 +82,7 @@ class Api:
     """The endpoints for some models."""
 
     def __init__(self, models: Sequence[Served], limits: Limits) -> None:
-        self.models, self.limits, self.metrics = models, limits, Metrics(models)
+        self.models, self.limits, self.metrics = models, limits, ServerMetrics(models)
         self._html = PAGE.read_bytes()
 
     def routes(self) -> list[Route]:
@@ -343,7 +343,7 @@ def _host_name(host: str) -> str | None:
 class Counted:
     """Counts the requests for answers by model and status."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

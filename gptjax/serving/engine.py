@@ -17,7 +17,7 @@ import numpy as np
 
 from gptjax.inference.language_model import AnswerBuilder, LanguageModel
 from gptjax.inference.sampling import Sampling, TokenIds
-from gptjax.serving.slots import CHUNK, MOST_STEPS, Drawn, Slots
+from gptjax.serving.slots import MOST_STEPS, PROMPT_CHUNK, Drawn, Slots
 from gptjax.tokenizer import TextStream, Tokenizer
 
 CALL_SECONDS = 0.05  # a call draws as many tokens as take about so long: few for a large model, whose text streams
@@ -260,10 +260,10 @@ class Engine:
         self._fit()
         if slot.n_read == 0:
             self._reuse(slot)
-        tokens = slot.window[slot.n_read : slot.n_read + CHUNK]
+        tokens = slot.window[slot.n_read : slot.n_read + PROMPT_CHUNK]
         self._device.read(self._slots.index(slot), np.array(tokens, np.int32), slot.n_read, slot.text)
         slot.n_read += len(tokens)
-        if slot.n_read % CHUNK == 0:
+        if slot.n_read % PROMPT_CHUNK == 0:
             slot.held = np.array(slot.window[: min(slot.n_read, self._most_held)], np.int32)
         if slot.drawing:
             self._reading.popleft()
@@ -284,7 +284,7 @@ class Engine:
     @property
     def _most_held(self) -> int:
         """The tokens of a slot that may be kept: not the last place, where a slot without a text may draw."""
-        return (self._device.length - 1) // CHUNK * CHUNK
+        return (self._device.length - 1) // PROMPT_CHUNK * PROMPT_CHUNK
 
     def _fit(self) -> None:
         """Give the cache room for the longest text and the tokens that the next call draws."""
@@ -370,7 +370,7 @@ class Engine:
 def _n_shared(held: TokenIds, prompt: TokenIds) -> int:
     """The tokens of the whole chunks with which both begin; the prompt's last token is read again, for its logits."""
     n = min(len(held), len(prompt) - 1)
-    return int(np.argmin(np.append(held[:n] == prompt[:n], False))) // CHUNK * CHUNK
+    return int(np.argmin(np.append(held[:n] == prompt[:n], False))) // PROMPT_CHUNK * PROMPT_CHUNK
 
 
 def _tokens(drawn: Drawn, n_alternatives: int) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:

@@ -12,7 +12,7 @@ from gptjax.serving.served import Served
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class Metrics:
+class ServerMetrics:
     """What is counted per request, and what the engines tell when they are asked."""
 
     def __init__(self, models: Sequence[Served]) -> None:

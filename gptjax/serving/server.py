@@ -20,7 +20,7 @@ from gptjax.errors import UserError
 from gptjax.inference.sampling import Sampling
 from gptjax.serving.engine import Piece, Request
 from gptjax.serving.served import Served
-from gptjax.serving.slots import CHUNK
+from gptjax.serving.slots import PROMPT_CHUNK
 
 HEADER_SECONDS = 20.0  # in which a connection has to bring the headers of its next request
 CONNECTIONS = 1000  # more are answered with 503
@@ -45,7 +45,7 @@ def warm_up(models: Sequence[Served]) -> None:
     """Start the engines, and let each compile the programs that short prompts take."""
     for served in models:
         served.engine.start()
-        for n in sorted({min(n, served.model.config.block_size) for n in (1, CHUNK // 2, CHUNK)}):
+        for n in sorted({min(n, served.model.config.block_size) for n in (1, PROMPT_CHUNK // 2, PROMPT_CHUNK)}):
             request, done = Request(np.zeros(n, np.int32), 1, Sampling(), seed=0), threading.Event()
             served.engine.submit([request], [partial(_note_end, done)])
             done.wait()

@@ -20,7 +20,7 @@ from gptjax.inference.generate import draw_and_read, padded_length
 from gptjax.inference.sampling import Sampling, TokenIds, log_probs_of
 from gptjax.model import KVCache
 
-CHUNK = 64  # tokens of a prompt that are read at once; a later prompt that begins with the same chunks copies them
+PROMPT_CHUNK = 64  # tokens of a prompt that are read at once; a later prompt with the same chunks at first copies them
 NARROWEST = 16  # a prompt's last chunk is padded to a power of two, at least to this
 SHORTEST = 256  # tokens for which the cache has room at first
 MOST_STEPS = 16  # tokens of each row that one call draws at most
@@ -41,7 +41,7 @@ class Slots:
 
     def __init__(self, config: ModelConfig, params: Any, n_slots: int) -> None:
         self.config, self.params, self.n_slots = config, params, n_slots
-        self.longest = -(-config.block_size // CHUNK) * CHUNK
+        self.longest = -(-config.block_size // PROMPT_CHUNK) * PROMPT_CHUNK
         self._cache = init_cache(config, params, n_slots, min(SHORTEST, self.longest))
         self._logits_BV = jnp.zeros((n_slots, config.padded_vocab_size), jnp.float32)
         self._seen_BV = jnp.zeros((n_slots, config.padded_vocab_size), bool)
@@ -63,7 +63,7 @@ class Slots:
 
     def read(self, slot: int, tokens: TokenIds, start: int, seen: Sequence[int]) -> None:
         """Read a chunk of a slot's text, at positions from `start` on. `seen` are the tokens of the whole text."""
-        width = padded_length(len(tokens), CHUNK, NARROWEST)
+        width = padded_length(len(tokens), PROMPT_CHUNK, NARROWEST)
         tokens_1T, seen_V = np.zeros((1, width), np.int32), np.zeros(self.config.padded_vocab_size, bool)
         tokens_1T[0, : len(tokens)] = tokens
         seen_V[np.asarray(seen, np.int32)] = True

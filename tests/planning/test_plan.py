@@ -152,7 +152,7 @@ def made(**changes):
         "config": replace(PLANNED, mesh=MeshConfig(2, 4, 1)),
         "parameters": 124_000_000,
         "model_flops": 197e12 * 8 * 0.008,
-        "step_flops": 197e12 * 8 * 0.010,
+        "executed_flops": 197e12 * 8 * 0.010,
         "hbm_parts": {name: size * 2.0**30 for name, size in gibibytes.items()},
         "fits": True,
         "hbm_bytes": 8.0 * 2**30,
@@ -181,7 +181,7 @@ def test_a_plan_that_does_not_fit_has_no_times():
     plan = made(fits=False, hbm_bytes=20.0 * 2**30, hbm_traffic_bytes=math.nan, collectives=[])
     text = json.dumps(to_json(plan, price=None))
     found = json.loads(text)
-    assert "NaN" not in text and not found["fits"] and found["step_flops"] > 0
+    assert "NaN" not in text and not found["fits"] and found["executed_flops"] > 0
     assert found["roofline_seconds"] is found["collectives"] is found["run"] is found["seconds"]["hbm"] is None
     screen = to_text(replace(plan, hbm_parts={"parameters": 1.0, "optimizer": 2.0}), "configs/gpt2_124m.py", 1.25)
     assert "DOES NOT FIT" in screen and "$" not in screen
@@ -207,7 +207,7 @@ def test_search_recommends_the_fastest_that_fits(monkeypatch):
         fits, needed = rows <= most, rows / most * 12.75 * 2**30 + 3 * 2**30
         traffic = 819e9 * (0.005 if remat == "full" else 0.010 + 0.02 / rows)
         return made(
-            config=config, step_flops=flops, fits=fits, hbm_bytes=needed, hbm_traffic_bytes=traffic, collectives=[]
+            config=config, executed_flops=flops, fits=fits, hbm_bytes=needed, hbm_traffic_bytes=traffic, collectives=[]
         )
 
     monkeypatch.setattr(planning, "make_plan", pretend)
@@ -252,7 +252,7 @@ def test_the_command_plans_gpt2_for_a_slice(tpu):
     found = json.loads(planned("--topology", "v5e:4x4", "--json", "--mesh", "1x16x1"))
     assert found["fits"] and found["hbm_bytes"] < found["hbm_capacity_bytes"] == int(15.75 * 2**30)
     # By hand: without remat the model's own matmuls, 6 N + 6 L D T a token, and no less.
-    assert 1.0 <= found["step_flops"] / found["model_flops"] < 1.15
+    assert 1.0 <= found["executed_flops"] / found["model_flops"] < 1.15
     moved = sum(each["bytes"] for each in found["collectives"])
     assert 1 < moved / (3 * 2 * found["parameters"] * 4) < 3  # two gathers and a scatter of bfloat16 in 4 micro-steps
     assert found["roofline_seconds"] == max(found["seconds"].values())

@@ -11,7 +11,7 @@ from gptjax.config import ModelConfig
 from gptjax.inference.language_model import LanguageModel
 from gptjax.inference.sampling import Sampling
 from gptjax.serving.engine import Closing, Engine, QueueFull, Request
-from gptjax.serving.slots import CHUNK, SHORTEST, Slots
+from gptjax.serving.slots import PROMPT_CHUNK, SHORTEST, Slots
 from gptjax.tokenizer import TextStream
 
 RULES = [
@@ -97,7 +97,7 @@ def idle(engine):
 
 def test_each_request_gets_the_tokens_that_it_gets_alone(engine, model):
     """Prompts of all lengths around the chunks, answers past the block, different rules and seeds, in one batch."""
-    lengths = [1, 15, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 150, 160]
+    lengths = [1, 15, PROMPT_CHUNK, PROMPT_CHUNK + 1, 2 * PROMPT_CHUNK - 1, 2 * PROMPT_CHUNK, 150, 160]
     requests = [
         Request(prompt_of(n, seed=n), 130 + i, RULES[(0, 1, 3, 5)[i % 4]], seed=100 + i) for i, n in enumerate(lengths)
     ]
@@ -112,25 +112,25 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(engine, model):
 
 def test_neighbours_slots_and_what_was_read_before_change_no_bit(engine):
     """The same request alone, among others, and after its prompt was read: equal log-probabilities, bit for bit."""
-    request = Request(prompt_of(2 * CHUNK + 9, seed=5), 20, RULES[5], seed=9, alternatives=3)
+    request = Request(prompt_of(2 * PROMPT_CHUNK + 9, seed=5), 20, RULES[5], seed=9, alternatives=3)
     [first] = ask(engine, request)
     others = [Request(prompt_of(30 + i, seed=i), 5 + 9 * i, RULES[i], seed=i) for i in range(3)]
     listeners, tickets = submit(engine, *others, request, *others, request)
     answers = [listener.wait() for listener in listeners]
     for answer in (answers[3], answers[7]):
         assert answer.tokens == first.tokens
-    assert tickets[3].n_cached == tickets[7].n_cached == 2 * CHUNK
+    assert tickets[3].n_cached == tickets[7].n_cached == 2 * PROMPT_CHUNK
 
 
 def test_the_next_turn_of_a_conversation_reads_only_what_is_new(engine, model):
-    prompt = prompt_of(CHUNK + 3, seed=11)
+    prompt = prompt_of(PROMPT_CHUNK + 3, seed=11)
     listeners, _ = submit(engine, Request(prompt, 12, RULES[0], seed=0))
     answer = [token.id for token in listeners[0].wait().tokens]
     more = np.concatenate([prompt, answer, prompt_of(7, seed=12)]).astype(np.int32)
     request = Request(more, 12, RULES[1], seed=3)
     listeners, [ticket] = submit(engine, request)
     assert [token.id for token in listeners[0].wait().tokens] == alone(model, request).tokens
-    assert ticket.n_cached == CHUNK
+    assert ticket.n_cached == PROMPT_CHUNK
 
 
 def test_stop_strings_end_an_answer(engine, model):
