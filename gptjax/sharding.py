@@ -19,21 +19,22 @@ from gptjax.host import usable_memory
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# How each parameter is split, by the end of its path. A leading layer axis is never split. The optimizer's moments have
-# their parameter's path at the end of theirs, so the table holds for them too, but for the data axis: `update_spec`.
+# How each parameter is split, by whole names at the end of its path. A leading layer axis is never split. The
+# optimizer's moments have their parameter's path at the end of theirs, so the table holds for them too, but for the
+# data axis: `update_spec`.
 TABLE = {
-    r"(token_embedding|head)$": P("tensor", "fsdp"),
-    r"position_embedding$": P(None, "fsdp"),
-    r"attention/(query|key|value)/kernel$": P(None, "fsdp", "tensor", None),
-    r"attention/(query|key|value)/bias$": P(None, "tensor", None),
-    r"attention/out/kernel$": P(None, "tensor", None, "fsdp"),
-    r"mlp/(up|gate)/kernel$": P(None, "fsdp", "tensor"),
-    r"mlp/(up|gate)/bias$": P(None, "tensor"),
-    r"mlp/down/kernel$": P(None, "tensor", "fsdp"),
-    r"(attention/out|mlp/down)/bias$": P(),
-    r"norm/(scale|bias)$": P(),
-    r"lora_[ab]$": P(),
-    r"(step|count|good_steps|loss_scale|ns_coeffs)$": P(),  # counters, float16's scale and Muon's five constants
+    r"(token_embedding|head)": P("tensor", "fsdp"),
+    r"position_embedding": P(None, "fsdp"),
+    r"attention/(query|key|value)/kernel": P(None, "fsdp", "tensor", None),
+    r"attention/(query|key|value)/bias": P(None, "tensor", None),
+    r"attention/out/kernel": P(None, "tensor", None, "fsdp"),
+    r"mlp/(up|gate)/kernel": P(None, "fsdp", "tensor"),
+    r"mlp/(up|gate)/bias": P(None, "tensor"),
+    r"mlp/down/kernel": P(None, "tensor", "fsdp"),
+    r"(attention/out|mlp/down)/bias": P(),
+    r"(attention|mlp|query|key|final)_norm/(scale|bias)": P(),
+    r"lora_[ab]": P(),
+    r"(step|count|good_steps|loss_scale|ns_coeffs)": P(),  # counters, float16's scale and Muon's five constants
 }
 
 
@@ -54,7 +55,7 @@ def spec_of(name: str) -> P:
         KeyError: no row names it.
     """
     for end, spec in TABLE.items():
-        if re.search(end, name):
+        if re.search(f"(^|/)({end})$", name):
             return spec
     raise KeyError(f"no row of gptjax.sharding.TABLE says how {name} is split: add one")
 

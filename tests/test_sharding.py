@@ -306,9 +306,21 @@ def test_fsdp_leaves_no_matrix_whole(train):
             assert size == whole / 8, name
 
 
-def test_a_parameter_that_no_row_names_is_an_error_with_its_name():
-    with pytest.raises(KeyError, match="layers/attention/gate/kernel"):
-        spec_of("layers/attention/gate/kernel")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers/attention/gate/kernel",
+        "layers/mlp/value_head/kernel",
+        "layers/mlp/value_head",
+        "layers/cross_attention/out/bias",
+        "layers/gmlp/up/kernel",
+        "layers/groupnorm/scale",
+        "final_step",
+    ],
+)
+def test_a_parameter_that_no_row_names_is_an_error_with_its_name(name):
+    with pytest.raises(KeyError, match=name):
+        spec_of(name)
 
 
 def test_the_batch_is_split_over_data_and_fsdp():
