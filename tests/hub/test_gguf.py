@@ -122,7 +122,7 @@ def write(path, fields, tensors):
 def test_a_model_comes_out_and_in_again_bit_for_bit(pre, folders, files):
     before, after = (LanguageModel.load(str(path), dtype="float32") for path in (folders[pre], files[pre]))
     assert content(files[pre])[0]["tokenizer.ggml.pre"] == PRE[pre]
-    assert after.config == before.config == MODELS[pre][0]
+    assert after.config == before.config == replace(MODELS[pre][0], attention="plain", layers="looped")  # to sample
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     assert after.tokenizer.vocabulary() == before.tokenizer.vocabulary()
     for special in (False, True):
