@@ -65,15 +65,23 @@ def row(made: dict[str, Any]) -> str:
     return f"{start} " + " | ".join(pairs) + " |"
 
 
-def main() -> None:
+def read() -> dict[str, Any]:
+    """The plans that were made, by their options."""
     lines = PLANS.read_text().splitlines() if PLANS.exists() else []
-    found = {made["command"]: made for made in map(json.loads, lines)}
+    return {made["command"]: made for made in map(json.loads, lines)}
+
+
+def table(found: dict[str, Any]) -> str:
+    return "\n".join([f"| {HEADS} |", "|---" * 12 + "|", *(row(found[options]) for options in ROWS)])
+
+
+def main() -> None:
+    found = read()
     for options in ROWS:
         if options not in found:
             found[options] = plan(options)
             PLANS.write_text("".join(json.dumps(made) + "\n" for made in found.values()))
-    rows = [f"| {HEADS} |", "|---" * 12 + "|", *(row(found[options]) for options in ROWS)]
-    splice(ROOT / "docs" / "plan.md", "\n".join(rows))
+    splice(ROOT / "docs" / "plan.md", table(found))
 
 
 if __name__ == "__main__":

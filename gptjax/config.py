@@ -198,7 +198,7 @@ class ModelConfig(Section):
     )
     layers: Literal["auto", "unrolled", "looped"] = chosen_free(
         "auto",
-        "in training: unrolled, or a loop, which compiles faster; auto: unrolled on CPU, and on GPU and v6e up to 24",
+        "in training: unrolled, or a loop, which compiles faster; auto: unrolled on CPU, up to 24 on GPU, 12 on v6e",
     )
     remat: Literal["none", "dots", "full"] = chosen_free(
         "none", "recompute in the backward pass to save memory: nothing, all but matmuls, or whole layers", usual=True

@@ -10,7 +10,7 @@ from gptjax.host import multiplies_bfloat16
 
 LONG_CONTEXT = 512  # tokens from which blockwise attention is faster than plain (measured: docs/performance.md)
 OLD_TPUS = ("TPU v2", "TPU v3")
-MOST_UNROLLED = 24  # layers that the compiler of a GPU or TPU unrolls in minutes
+MOST_UNROLLED = {"gpu": 24, "tpu": 12}  # layers whose compilation takes minutes at most
 
 
 def resolve(model: ModelConfig, device: Any, *, training: bool = True, packed: bool = False) -> ModelConfig:
@@ -31,7 +31,7 @@ def resolve(model: ModelConfig, device: Any, *, training: bool = True, packed: b
     if model.layers == "auto":
         peak = device_peak(device.device_kind) if device.platform == "tpu" else None
         gains = device.platform == "gpu" or (peak is not None and peak.memory_bound)
-        unrolled = device.platform == "cpu" or (gains and model.n_layer <= MOST_UNROLLED)
+        unrolled = device.platform == "cpu" or (gains and model.n_layer <= MOST_UNROLLED[device.platform])
         model = replace(model, layers="unrolled" if unrolled else "looped")
     return replace(model, attention=_attention(model, device, packed)) if model.attention == "auto" else model
 

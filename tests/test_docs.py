@@ -240,6 +240,14 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     assert written == (ROOT / "docs" / "performance.md").read_text(), "run python -m benchmarks.page"
 
 
+def test_the_table_of_plans_is_that_of_the_plans(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import plan_table
+
+    written = (ROOT / "docs" / "plan.md").read_text()
+    assert plan_table.table(plan_table.read()) in written, "run python -m benchmarks.plan_table"
+
+
 def test_each_python_example_runs(folder):
     [example] = [block for page in PAGES for block in blocks(page, "python")]
     exec(example, {})

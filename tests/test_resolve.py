@@ -40,14 +40,14 @@ APPLE, UNKNOWN = SimpleNamespace(platform="METAL", device_kind="Metal"), SimpleN
         (replace(LONG, separator=3), TPU, "splash", "looped", "bfloat16"),
         (replace(LONG, window=100), TPU, "splash", "looped", "bfloat16"),
         (LONG, TPU_V6E, "splash", "unrolled", "bfloat16"),  # bound by memory
-        (replace(LONG, n_layer=MOST_UNROLLED + 1), TPU_V6E, "splash", "looped", "bfloat16"),
+        (replace(LONG, n_layer=MOST_UNROLLED["tpu"] + 1), TPU_V6E, "splash", "looped", "bfloat16"),
         (LONG, TPU_V3, "blockwise", "looped", "bfloat16"),
         (SHORT, TPU_V2, "plain", "looped", "bfloat16"),
         (replace(LONG, dropout=0.1), TPU, "plain", "looped", "bfloat16"),
         (replace(LONG, dropout=0.1, attention_dropout=0.0), TPU, "splash", "looped", "bfloat16"),
         (replace(LONG, attention="plain", layers="unrolled"), TPU, "plain", "unrolled", "bfloat16"),
         (SHORT, H100, "cudnn", "unrolled", "bfloat16"),
-        (replace(LONG, n_layer=MOST_UNROLLED + 1), H100, "cudnn", "looped", "bfloat16"),
+        (replace(LONG, n_layer=MOST_UNROLLED["gpu"] + 1), H100, "cudnn", "looped", "bfloat16"),
         (replace(LONG, separator=3), H100, "blockwise", "unrolled", "bfloat16"),
         (replace(LONG, n_head=16), H100, "blockwise", "unrolled", "bfloat16"),  # 4 features a head
         (replace(LONG, dtype="float32"), H100, "blockwise", "unrolled", "float32"),
