@@ -54,7 +54,7 @@ def run_all(minutes: float, rival_python: str) -> int:
     path = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
     for command in COMMANDS:
         print(f"python {command}", file=sys.stderr, flush=True)
-        rival = [] if "pytest" in command else ["--rival_python", rival_python]
+        rival = [] if "pytest" in command or rival_python == sys.executable else ["--rival_python", rival_python]
         arguments = [sys.executable, *command.split(), *rival]
         group = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
         try:
@@ -63,6 +63,9 @@ def run_all(minutes: float, rival_python: str) -> int:
             os.killpg(group.pid, signal.SIGKILL)  # with its contenders, which would disturb what follows
             output, _ = group.communicate()
             print(f"the {minutes:g} minutes did not suffice for it", file=sys.stderr)
+        except BaseException:  # as Ctrl-C, which only this process gets
+            os.killpg(group.pid, signal.SIGKILL)
+            raise
         print(output, end="", flush=True)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(line for line in output.splitlines(True) if line.startswith("{"))

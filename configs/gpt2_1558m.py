@@ -3,8 +3,8 @@
     python train.py --config configs/gpt2_1558m.py
 
 Not yet run. `python -m gptjax.plan --config configs/gpt2_1558m.py --topology v5e-8 --search` finds the mesh and the
-micro-steps for such hardware, with the memory and hours that they take. The learning rate is GPT-3's for this size
-(table 2.1). data/openwebtext is that of gpt2_124m.py.
+micro-steps for 8 chips of v5e, with the memory and hours of the run. The learning rate is GPT-3's for this size (table
+2.1). data/openwebtext is that of gpt2_124m.py.
 """
 
 from gptjax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

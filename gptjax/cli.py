@@ -26,12 +26,12 @@ Options = TypeVar("Options")
 Dtype = Literal["auto", "float32", "bfloat16", "int8"]
 Which = Literal["best", "latest"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
-# The help texts of the commands that load a model, as config.MODEL_HELP.
+# Help texts shared by the commands that load a model; config.MODEL_HELP is another.
 CHECKPOINT_HELP = "which of a run's checkpoints: the one with the best validation loss, or the latest"
 DTYPE_HELP = (
     "dtype of activations, and of weights that are not from a run; int8: weights in int8 (a quarter of float32's "
     "memory; on some CPUs faster), activations as with auto; "
-    "auto: float32 on CPU, elsewhere the run's own or bfloat16"
+    "auto: float32 on CPU, elsewhere the run's own where the hardware has it, else bfloat16 or float32"
 )
 GROUPS = {"": "options", "train": "training"}  # of --help, by the prefix of their options; others have its name
 

@@ -198,7 +198,7 @@ class ModelConfig(Section):
     )
     layers: Literal["auto", "unrolled", "looped"] = chosen_free(
         "auto",
-        "in training: unrolled, or a loop, which compiles faster; auto: unrolled on CPU, up to 24 on GPU, 12 on v6e",
+        "in training: unrolled, or a loop, which compiles faster; auto: unrolled on CPU, GPU (up to 24) and v6e (12)",
     )
     remat: Literal["none", "dots", "full"] = chosen_free(
         "none", "recompute in the backward pass to save memory: nothing, all but matmuls, or whole layers", usual=True
@@ -393,7 +393,7 @@ class MeshConfig(Section):
     fsdp: int = free(
         0,
         "devices that split batch, parameters and optimizer state; -1: all that remain; 0: 1, or "
-        "all that remain where the state would fill more than half of a device's memory",
+        "all that remain where data alone would fill more than half of a device's memory",
         usual=True,
     )
     tensor: int = free(1, "devices that split heads, MLP and vocabulary (tensor parallel)", usual=True)

@@ -117,8 +117,8 @@ def exit_code_and_message(error: BaseException) -> tuple[int, str] | None:
         return 2, f"{place}{error.strerror}: a limit on the size of files, as of ulimit -f; raise it and continue"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first_line(error):
         return 2, f"not enough memory ({first_line(error)}): choose a smaller model, batch or context"
-    if type(error).__name__ == "JaxRuntimeError" and re.search("cudnn|fmha", str(error), re.IGNORECASE):
-        return 2, f"cuDNN refuses a kernel ({first_line(error)}): pass --model.attention blockwise, or update cuDNN"
+    if type(error).__name__ == "JaxRuntimeError" and re.search(r"__cudnn\$fmha|No valid engine configs", str(error)):
+        return 2, f"cuDNN refuses attention ({first_line(error)}): pass --model.attention blockwise, or update cuDNN"
     if isinstance(error, OSError) and place:
         return 2, f"{place}{error.strerror}; name another path"
     return None

@@ -31,8 +31,8 @@ class Arguments(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "dtype of the weights in a folder")
     type: GgufType = option(
         "f32",
-        "type of the matrices in a .gguf file; q4_0: with embedding and head in q8_0; q4_0 and q8_0: with matrices in "
-        "f16 whose rows are no multiples of 32",
+        "type of the matrices in a .gguf file; q4_0: with embedding and head in q8_0; in q4_0 and q8_0, matrices whose "
+        "row length is not a multiple of 32 are f16",
     )
 
     def validate(self) -> None:

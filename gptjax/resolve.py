@@ -19,8 +19,8 @@ def resolve(model: ModelConfig, device: Any, *, training: bool = True, packed: b
     `packed`: windows hold several conversations, which attention has to keep apart.
 
     Sampling and scoring (`training=False`) run on the KV cache or on one short text, so attention is plain and layers
-    are looped there; on a CPU activations are float32, since a single row is slower in bfloat16. In float16 only runs
-    sample that trained in it, where the hardware has it: activations of others can be larger than it holds.
+    are looped there; on a CPU activations are float32, since a single row is slower in bfloat16. Only runs that
+    trained in float16 sample in it, and only on hardware that has it: activations of other models can overflow.
     """
     if not training:
         auto: Any = "bfloat16" if _dtype(device) == "bfloat16" and device.platform != "cpu" else "float32"

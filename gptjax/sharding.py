@@ -78,7 +78,7 @@ def make_mesh(
     n_devices, sizes = len(devices), {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     if config.fsdp == 0:
         tensor = max(1, config.tensor)
-        data_alone = {"data": n_devices // tensor, "fsdp": 1, "tensor": tensor}
+        data_alone = {"data": max(1, n_devices // tensor), "fsdp": 1, "tensor": tensor}
         full = state_share(state_bytes, data_alone, devices[0].platform) > memory(devices[0]) / 2
         sizes |= {"data": slices, "fsdp": -1} if full and config.data == -1 else {"fsdp": 1}
     asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
@@ -125,7 +125,8 @@ def memory(device: jax.Device) -> float:
 def state_share(state_bytes: int, axes: Mapping[str, int], platform: str) -> float:
     """Bytes of a device's part of the train state and the gradients, by the sizes of the mesh's axes.
 
-    AdamW's moments, a half of it, are also split over the data axis, though not on CPUs (`splits_updates`).
+    Moments are also split over the data axis, though not on CPUs (`splits_updates`). They count as a half of the state,
+    as AdamW's are; Muon's are less, so its share is up to a quarter larger.
     """
     moments = 1 if platform == "cpu" else 1 / axes["data"]
     return state_bytes * (1 + moments) / 2 / (axes["fsdp"] * axes["tensor"])

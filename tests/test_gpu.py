@@ -73,6 +73,8 @@ def test_steps_on_a_gpu_are_those_on_a_cpu(attention, dtype, rtol):
         results.append(losses)
     assert results[0][-1] < results[0][0] - 0.01
     np.testing.assert_allclose(results[1], results[0], rtol=rtol)
+    learned = [losses[0] - losses[-1] for losses in results]
+    np.testing.assert_allclose(learned[1], learned[0], rtol=0.2)
 
 
 @pytest.mark.parametrize("form", [lambda params: params, lay_out], ids=["stacked", "laid out"])

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -366,6 +367,12 @@ def test_only_one_axis_can_be_the_rest():
 def test_a_state_that_would_fill_a_device_is_split_by_default(monkeypatch, mesh_config, state_bytes, sizes):
     monkeypatch.setattr("gptjax.sharding.memory", lambda device: 1000)
     assert tuple(make_mesh(mesh_config, 8, state_bytes).shape.values()) == sizes
+
+
+def test_more_parts_than_devices_are_refused_on_an_accelerator_too():
+    gpu = Mock(spec=jax.Device, platform="gpu", device_kind="NVIDIA H100 80GB HBM3", process_index=0)
+    with pytest.raises(UserError, match="does not fit 1 devices"):
+        make_mesh(MeshConfig(tensor=2), 8, 1000, [gpu])
 
 
 def test_the_data_axis_of_an_accelerator_splits_the_moments():
