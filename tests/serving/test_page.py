@@ -107,7 +107,7 @@ def test_two_models_answer_side_by_side_and_a_token_tells_its_alternatives(page)
     assert columns.nth(1).locator(".turn.user").inner_text() == "Who are you?"
     left, right = (columns.nth(i).bounding_box() for i in range(2))
     assert left["y"] == right["y"] and right["x"] > left["x"] + left["width"] - 1
-    token = columns.nth(1).locator(".token").nth(3)
+    token = columns.nth(1).locator(".token:visible").nth(3)  # one within a character of several is empty
     token.hover()
     rows = page.locator("#tip tr")
     assert page.locator("#tip").is_visible() and 6 <= rows.count() <= 7
@@ -215,7 +215,7 @@ def test_a_phone_shows_all_without_scrolling_sideways(browser, running):
     finished(page)
     boxes = [page.locator("#columns section").nth(i).bounding_box() for i in range(2)]
     assert boxes[1]["y"] > boxes[0]["y"] + boxes[0]["height"] - 1
-    page.locator(".token").nth(2).tap()
+    page.locator(".token:visible").nth(2).tap()
     tip = page.locator("#tip").bounding_box()
     assert tip["x"] >= 0 and tip["x"] + tip["width"] <= 390
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
