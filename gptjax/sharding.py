@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -65,9 +65,8 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes (data, fsdp, tensor) over which `batch_size` windows split evenly; an axis of -1 takes the rest.
 
-    With mesh.fsdp=0, fsdp takes the rest instead of data where the state, split over data alone, fills more than half
-    of a device's memory. Of several TPU slices each has whole groups of fsdp and tensor, so only the data axis crosses
-    the network between them.
+    With mesh.fsdp=0, fsdp takes the rest if with data alone the state would fill more than half of a device's memory.
+    Of several TPU slices each has whole groups of fsdp and tensor: only the data axis crosses the network between them.
 
     Raises:
         UserError: the axes do not multiply to the number of devices, the batch does not split, or a process is left
@@ -78,8 +77,8 @@ def make_mesh(
     n_devices, sizes = len(devices), {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     if config.fsdp == 0:
         tensor = max(1, config.tensor)
-        data_alone = {"data": max(1, n_devices // tensor), "fsdp": 1, "tensor": tensor}
-        full = state_share(state_bytes, data_alone, devices[0].platform) > memory(devices[0]) / 2
+        share = state_share(state_bytes, max(1, n_devices // tensor), tensor, devices[0].platform)
+        full = share > memory(devices[0]) / 2
         sizes |= {"data": slices, "fsdp": -1} if full and config.data == -1 else {"fsdp": 1}
     asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -122,14 +121,14 @@ def memory(device: jax.Device) -> float:
     return float(peak.memory) if peak else math.inf
 
 
-def state_share(state_bytes: int, axes: Mapping[str, int], platform: str) -> float:
-    """Bytes of a device's part of the train state and the gradients, by the sizes of the mesh's axes.
+def state_share(state_bytes: int, data: int, parts: int, platform: str) -> float:
+    """Bytes of a device's part of the train state and the gradients, which fsdp and tensor split into so many parts.
 
     Moments are also split over the data axis, though not on CPUs (`splits_updates`). They count as a half of the state,
     as AdamW's are; Muon's are less, so its share is up to a quarter larger.
     """
-    moments = 1 if platform == "cpu" else 1 / axes["data"]
-    return state_bytes * (1 + moments) / 2 / (axes["fsdp"] * axes["tensor"])
+    moments = 1 if platform == "cpu" else 1 / data
+    return state_bytes * (1 + moments) / 2 / parts
 
 
 def require_memory(mesh: Mesh, state_bytes: int, batch_tokens: int) -> None:
@@ -137,9 +136,8 @@ def require_memory(mesh: Mesh, state_bytes: int, batch_tokens: int) -> None:
 
     CPU devices share the memory that this process may use.
     """
-    devices = mesh.local_devices
-    share = state_share(state_bytes, mesh.shape, devices[0].platform)
-    needed = share + 4 * batch_tokens / (mesh.shape["data"] * mesh.shape["fsdp"])
+    devices, (data, fsdp, tensor) = mesh.local_devices, mesh.shape.values()
+    needed = state_share(state_bytes, data, fsdp * tensor, devices[0].platform) + 4 * batch_tokens / (data * fsdp)
     usable = usable_memory() / len(devices) if devices[0].platform == "cpu" else memory(devices[0])
     if needed > usable:
         raise UserError(

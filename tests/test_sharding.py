@@ -377,9 +377,8 @@ def test_more_parts_than_devices_are_refused_on_an_accelerator_too():
 
 def test_the_data_axis_of_an_accelerator_splits_the_moments():
     """16 bytes a parameter: its value, gradient and two moments."""
-    axes = {"data": 8, "fsdp": 2, "tensor": 1}
-    assert state_share(1600, axes, "cpu") == 1600 / 2
-    assert state_share(1600, axes, "tpu") == (800 + 800 / 8) / 2
+    assert state_share(1600, 8, 2, "cpu") == 1600 / 2
+    assert state_share(1600, 8, 2, "tpu") == (800 + 800 / 8) / 2
 
 
 @pytest.mark.parametrize(("mesh_config", "fits"), [(MeshConfig(data=2), 500), (MeshConfig(data=1, fsdp=2), 1000)])

@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import jax
@@ -265,7 +265,7 @@ def candidate_meshes(config: Config, topology: Topology) -> list[MeshConfig]:
         for fsdp in sorted(size for size in sizes if n % (size * tensor) == 0 and model.n_embd % size == 0):
             data = n // (fsdp * tensor)
             mesh = MeshConfig(data * topology.slices, fsdp, tensor)
-            share = state_share(state, asdict(mesh), topology.platform)
+            share = state_share(state, mesh.data, fsdp * tensor, topology.platform)
             if data in sizes and share < topology.capacity:
                 found.append((share > topology.capacity / 3, tensor, fsdp, mesh))
     return [mesh for *_, mesh in sorted(found, key=lambda each: each[:3])]
